@@ -1,0 +1,34 @@
+"""What the HTTP side asks of whatever makes tokens: replicas behind Ray, or a fake in the tests of the API."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from deployments.messages import ModelCard
+from engine.sequence import Emission, Request
+
+
+class NotReady(Exception):
+    """No replica can take a request now: still loading, draining or gone."""
+
+
+class GenerationFailed(Exception):
+    """A request that was accepted cannot be finished; the message may be shown to the client."""
+
+
+class Backend(Protocol):
+    """Turns a request into emissions."""
+
+    async def card(self) -> ModelCard:
+        """The model that is served. Raises NotReady while no replica has loaded it."""
+
+    async def ready(self) -> bool:
+        """Whether a request sent now would be taken by a replica."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+        """Emissions of all samples of the request, each sample's in order, until every sample has a finish reason.
+
+        Raises InvalidRequest, NotReady or GenerationFailed. Closing the generator early aborts the request.
+        """
+
+    async def metrics(self) -> bytes:
+        """The Prometheus exposition of the application."""

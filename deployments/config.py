@@ -1,0 +1,34 @@
+"""What an operator may choose about the whole application: the `args` of a Serve config file and the CLI's flags.
+
+Holds no Ray object, so that a config can be checked without a cluster.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from engine.config import Auto, Config, EngineConfig
+
+
+class GatewayConfig(Config):
+    """The HTTP side."""
+
+    replicas: int = Field(default=1, ge=1, le=1024)
+    """Gateway processes."""
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    """Larger request bodies are refused with 413."""
+    max_queued_requests: int = Field(default=1024, ge=1)
+    """Requests a gateway holds at once; more are refused with 429 and Retry-After."""
+
+
+class AppConfig(Config):
+    """One model, served."""
+
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    """The name clients ask for; default: the model's own name (the last part of a path)."""
+    replicas: int = Field(default=1, ge=1, le=1024)
+    """Copies of the model."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] | Auto = "auto"
+    """Ray CPUs that one replica reserves; "auto" shares the cores of the machine between the replicas."""
+    engine: EngineConfig = EngineConfig()
+    gateway: GatewayConfig = GatewayConfig()

@@ -1,0 +1,80 @@
+"""What an operator may choose about one replica. Frozen and composed; holds no resolved value and no device state.
+
+Every field whose value is "auto" is resolved once, by `engine.build`, and the resolved values are logged there.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
+
+
+def parse_bytes(value: Any) -> Any:
+    """Turns "2GiB", "512MB" or "1g" into a number of bytes; other types pass through to pydantic's own checks."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    match = _SIZE.match(value)
+    if match is None:
+        raise ValueError(f'expected a size such as "512MiB" or "2GB", or "auto"; got {value!r}')
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+Bytes = Annotated[int, Field(gt=0)]
+Auto = Literal["auto"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Admission = Literal["optimistic", "reserve"]
+
+
+class Config(BaseModel):
+    """Base of every configuration: immutable, and an unknown field is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KVConfig(Config):
+    """The paged KV cache of one replica."""
+
+    memory: Annotated[Bytes | Auto, BeforeValidator(parse_bytes)] = "auto"
+    """Bytes of keys and values; "auto" takes a share of the memory that is free at start."""
+    page_tokens: int = Field(default=16, ge=1, le=512)
+    """Tokens of one sequence that share one page."""
+
+
+class SchedulerConfig(Config):
+    """How iterations are composed (Orca, OSDI'22; chunked prefill)."""
+
+    max_sequences: int = Field(default=128, ge=1, le=4096)
+    """Sequences that may run at once: the batch limit of a decode iteration."""
+    max_batch_tokens: int = Field(default=1024, ge=1)
+    """Tokens of one iteration, decodes and prompt chunks together."""
+    admission: Admission = "optimistic"
+    """"optimistic" admits on free pages and preempts when they run out; "reserve" holds max_tokens pages up front."""
+
+    @model_validator(mode="after")
+    def _decodes_fit(self) -> "SchedulerConfig":
+        if self.max_batch_tokens < self.max_sequences:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_sequences ({self.max_sequences}): "
+                "every running sequence decodes one token an iteration"
+            )
+        return self
+
+
+class EngineConfig(Config):
+    """One replica of one model."""
+
+    model: str = "manta-tiny"
+    """A local directory, a hub id, or the name of the built-in model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: DType = "auto"
+    """Type of weights, activations and KV; "auto" takes the checkpoint's."""
+    max_model_len: Annotated[int, Field(ge=2)] | Auto = "auto"
+    """Longest sequence, prompt and output together; "auto" takes the model's, or what the KV memory can hold."""
+    threads: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Threads of the arithmetic; "auto" takes the cores this process may run on."""
+    kv: KVConfig = KVConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
