@@ -1,6 +1,6 @@
 """What one iteration runs and what comes back. Plain, picklable values; no device tensor and no policy.
 
-A batch is one flat token axis of prompt chunks and single decode tokens: T tokens of S sequences, and only attention looks
+A batch is one flat token axis of prompt chunks and single decode tokens: T tokens of S sequences. Only attention looks
 at the boundaries between sequences (selective batching, Orca, OSDI'22 section 3.2).
 """
 
