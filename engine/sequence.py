@@ -86,6 +86,8 @@ class Sequence:
     in_flight: bool = False
     """In a batch that was submitted and not collected; such a sequence is neither scheduled nor preempted."""
     num_preemptions: int = 0
+    num_scored: int = 0
+    """Prompt tokens, from the second on, whose logprobs were reported."""
 
     @property
     def num_prompt(self) -> int:
@@ -98,6 +100,11 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         return len(self.tokens) - self.num_computed
+
+    @property
+    def num_outstanding(self) -> int:
+        """Tokens still to run through the model, if the sequence grows to `max_tokens`."""
+        return self.num_remaining + self.max_tokens - self.num_output
 
     @property
     def sample_index(self) -> int:

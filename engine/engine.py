@@ -1,0 +1,98 @@
+"""One replica, from requests to token ids: ties the scheduler's decisions to the executor's work.
+
+Knows no text, no HTTP and no device. Not thread-safe: one thread owns an engine.
+"""
+
+import itertools
+import secrets
+from pathlib import Path
+
+from engine.executor import Executor
+from engine.limits import Limits, check_request
+from engine.scheduler import Scheduler
+from engine.sequence import Emission, Order, Request, Sequence
+from engine.stats import EngineStats
+
+
+class Engine:
+    """`add` requests, call `step` while there is work, hand out what it returns."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        limits: Limits,
+        *,
+        eos_token_ids: tuple[int, ...] = (),
+        model_path: Path | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._num_in_flight = 0
+        self._arrivals = itertools.count()
+        self._sequence_ids = itertools.count()
+        self.limits = limits
+        self.eos_token_ids = eos_token_ids
+        self.model_path = model_path
+
+    @property
+    def max_model_len(self) -> int:
+        return self.limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.limits.vocab_size
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises InvalidRequest if it can never be served; nothing is queued then."""
+        check_request(request, self.limits)
+        self._scheduler.add(self._sequences(request))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; it emits nothing more. Unknown and finished requests are ignored."""
+        self._scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    def step(self) -> list[Emission]:
+        """Runs one iteration and returns what it brought; with a deep executor, keeps `depth` of them in flight."""
+        while self._num_in_flight < self._executor.depth:
+            batch = self._scheduler.plan()
+            if batch is None:
+                break
+            self._executor.submit(batch)
+            self._num_in_flight += 1
+        if self._num_in_flight == 0:
+            return []
+        output = self._executor.collect()
+        self._num_in_flight -= 1
+        return self._scheduler.commit(output)
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def close(self) -> None:
+        self._executor.close()
+
+    def _sequences(self, request: Request) -> list[Sequence]:
+        params, prompt = request.params, request.prompt_token_ids
+        room = self.limits.max_model_len - len(prompt)
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        stop_token_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
+        )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        arrival = next(self._arrivals)
+        return [
+            Sequence(
+                sequence_id=next(self._sequence_ids),
+                request=request,
+                order=Order(request.priority, arrival, sample_index),
+                seed=seed,
+                stop_token_ids=stop_token_ids,
+                max_tokens=max_tokens,
+                tokens=list(prompt),
+            )
+            for sample_index in range(params.n)
+        ]

@@ -1,0 +1,30 @@
+"""How much host memory this process may still take. Reads the operating system; decides nothing."""
+
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes() -> int:
+    """Bytes that can be taken without swapping: what the machine has free, or the container's limit leaves."""
+    return min(_machine_available(), _cgroup_available())
+
+
+def _machine_available() -> int:
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    fields = dict(line.split(":", 1) for line in meminfo.splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _cgroup_available() -> int:
+    """What the memory limit of a container (cgroup v2) leaves; a limitless one leaves everything."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except OSError:
+        return 2**63
+    return 2**63 if limit == "max" else max(0, int(limit) - used)

@@ -1,0 +1,68 @@
+"""The scheduler's choices as functions of numbers: who is admitted, who is preempted, how long a prompt chunk is.
+
+Nothing here holds state or knows pages, tensors or requests beyond the values passed in.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from engine.config import Admission
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Pages one waiting sequence asks for."""
+
+    now: int
+    """New pages that its present tokens need."""
+    at_most: int
+    """All pages it can ever hold: prompt and max_tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """Pages there are."""
+
+    total: int
+    free: int
+    num_running: int
+    reserved: int
+    """Sum of `Demand.at_most` over the running sequences."""
+
+
+AdmissionPolicy = Callable[[Demand, Supply], bool]
+
+
+def admit_optimistic(demand: Demand, supply: Supply) -> bool:
+    """Admits while the present tokens fit, with a page to grow for every running sequence.
+
+    Outputs are mostly shorter than max_tokens, so holding pages for them would leave the pool half empty; when the bet
+    is lost, a sequence is preempted. The spare pages keep that from happening within the next few iterations.
+    """
+    if supply.num_running == 0:
+        return demand.now <= supply.free
+    return demand.now + supply.num_running <= supply.free
+
+
+def admit_reserved(demand: Demand, supply: Supply) -> bool:
+    """Orca's reservation (OSDI'22, algorithm 1): max_tokens pages are set aside at admission, nothing is preempted."""
+    return supply.reserved + demand.at_most <= supply.total
+
+
+ADMISSION_POLICIES: dict[Admission, AdmissionPolicy] = {"optimistic": admit_optimistic, "reserve": admit_reserved}
+
+
+def choose_victim(holders: Iterable[Sequence], beneficiary: Sequence) -> Sequence | None:
+    """Who gives its pages to `beneficiary`: the last in order, if it comes after the beneficiary.
+
+    The rule that only later sequences yield is what makes every request finish: the first in order can always take
+    pages from all others, and when it is done the next one is first.
+    """
+    later = (s for s in holders if s.pages and not s.in_flight and s.order > beneficiary.order)
+    return max(later, key=lambda s: s.order, default=None)
+
+
+def chunk_tokens(num_remaining: int, budget: int) -> int:
+    """Tokens of a prompt to run in this iteration: as many as the token budget still has."""
+    return min(num_remaining, budget)

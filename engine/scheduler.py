@@ -1,0 +1,308 @@
+"""Decides, iteration by iteration, which tokens run next, and keeps the page accounting in step. Imports no torch.
+
+Iteration-level scheduling (Orca, OSDI'22) with chunked prefill: the decodes of all running sequences come first, then
+prompt chunks in order of (priority, arrival) until the token budget is spent. Admission stops at the first sequence
+that does not fit, it never skips, so nobody is overtaken within a priority.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from engine.batch import Batch, StepOutput, TokenLogprob
+from engine.batching import Chunk, build_batch
+from engine.config import SchedulerConfig
+from engine.kv.pages import PagePool
+from engine.policy import (
+    ADMISSION_POLICIES,
+    AdmissionPolicy,
+    Demand,
+    Supply,
+    choose_victim,
+    chunk_tokens,
+)
+from engine.sequence import Emission, FinishReason, Order, Sequence, Status
+from engine.stats import EngineStats
+
+_by_order: Callable[[Sequence], Order] = attrgetter("order")
+
+
+class Scheduler:
+    """`plan()` gives the next batch, `commit()` takes its output; between the two, sequences may be added and aborted.
+
+    Invariants: `waiting` and `running` are sorted by order and disjoint. A running sequence has pages for every token
+    it has, except the one page a decode may need next. Samples after the first of a request are held back until the
+    first has computed the prompt, and then share its full pages.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: PagePool,
+        page_tokens: int,
+        *,
+        admits: AdmissionPolicy | None = None,
+    ) -> None:
+        self._config = config
+        self._admits = admits or ADMISSION_POLICIES[config.admission]
+        self._page_tokens = page_tokens
+        self.pool = pool
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._siblings: dict[str, list[Sequence]] = {}
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._in_flight: deque[tuple[Batch, list[Chunk]]] = deque()
+        self._step = 0
+        self._outstanding = 0
+        self._reserved = 0
+        self._preemptions = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting) + sum(map(len, self._siblings.values())),
+            num_pages=self.pool.num_pages,
+            num_free_pages=self.pool.num_free,
+            num_outstanding_tokens=self._outstanding,
+            preemptions_total=self._preemptions,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+            steps_total=self._step,
+        )
+
+    # -- what comes in -----------------------------------------------------------------------------------------------
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queues the samples of one request, in order of sample index. The pool must be able to hold each one alone."""
+        first, *rest = sequences
+        assert self._pages_at_most(first) <= self.pool.num_pages, "can never be scheduled"
+        self._sequences[first.request.request_id] = sequences
+        self._outstanding += sum(s.num_outstanding for s in sequences)
+        insort(self.waiting, first, key=_by_order)
+        if rest:
+            self._siblings[first.request.request_id] = rest
+
+    def abort(self, request_id: str) -> None:
+        """Ends all samples of a request and frees their pages now, or when the batch they are in comes back.
+
+        A request that is unknown or already finished is not an error: aborts race with the last token.
+        """
+        for sequence in self._sequences.get(request_id, ()):
+            if sequence.status is not Status.FINISHED:
+                self._finish(sequence)
+        self._sequences.pop(request_id, None)
+        self._siblings.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting or self._in_flight)
+
+    # -- one iteration -----------------------------------------------------------------------------------------------
+
+    def plan(self) -> Batch | None:
+        """The next iteration, or None when nothing can run before a batch in flight comes back."""
+        chunks = self._decodes()
+        budget = self._config.max_batch_tokens - len(chunks)
+        budget = self._prefill_running(chunks, budget)
+        self._admit(chunks, budget)
+        if not chunks:
+            assert self._in_flight or not self.waiting, "sequences wait, and nothing will ever let them in"
+            return None
+        self._step += 1
+        batch = build_batch(self._step, chunks)
+        for sequence, count in chunks:
+            sequence.num_computed += count
+            self._outstanding -= count
+            sequence.in_flight = True
+        self._in_flight.append((batch, chunks))
+        return batch
+
+    def commit(self, output: StepOutput) -> list[Emission]:
+        """Books what the oldest planned batch brought back; finished sequences free their pages here."""
+        batch, chunks = self._in_flight.popleft()
+        assert batch.step == output.step, f"step {output.step} came back, {batch.step} was expected"
+        prompt_logprobs = dict(zip((p.row for p in batch.prompt_logprobs), output.prompt_logprobs, strict=True))
+        drawn = {sample.row: index for index, sample in enumerate(batch.samples)}
+        emissions = []
+        for row, (sequence, count) in enumerate(chunks):
+            sequence.in_flight = False
+            if sequence.status is Status.FINISHED:  # aborted while it was in flight
+                self._release(sequence)
+                continue
+            if sequence.num_computed >= sequence.num_prompt:
+                self._fork_siblings(sequence)
+            scored = _unreported(sequence, count, prompt_logprobs.get(row, ()))
+            index = drawn.get(row)
+            if index is not None:
+                emissions.append(self._book(sequence, output, index, scored))
+            elif scored:
+                emissions.append(_emission(sequence, prompt_logprobs=scored))
+        return emissions
+
+    def _decodes(self) -> list[Chunk]:
+        """Every running sequence with one token to run, in order, with a page for it."""
+        chunks: list[Chunk] = []
+        # A copy: preemption removes sequences from `running`, always from behind the one at hand.
+        for sequence in list(self.running):
+            if sequence.status is not Status.RUNNING or sequence.in_flight or sequence.num_remaining != 1:
+                continue
+            if self._grow(sequence):
+                chunks.append(Chunk(sequence, 1))
+        return chunks
+
+    def _prefill_running(self, chunks: list[Chunk], budget: int) -> int:
+        for sequence in self.running:
+            if budget == 0:
+                break
+            if not sequence.in_flight and sequence.num_remaining > 1:
+                count = chunk_tokens(sequence.num_remaining, budget)
+                chunks.append(Chunk(sequence, count))
+                budget -= count
+        return budget
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self._config.max_sequences:
+            sequence = self.waiting[0]
+            need = self._pages_for(len(sequence.tokens)) - len(sequence.pages)
+            if not self.running:
+                self._make_room(sequence, need, self.waiting)
+            if not self._admits(Demand(need, self._pages_at_most(sequence)), self._supply()):
+                break
+            if not self._make_room(sequence, need, self.waiting):
+                break
+            sequence.pages.extend(self.pool.allocate(need))
+            self._start(sequence)
+            count = chunk_tokens(sequence.num_remaining, budget)
+            chunks.append(Chunk(sequence, count))
+            budget -= count
+
+    def _start(self, sequence: Sequence) -> None:
+        """From waiting to running."""
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_by_order)
+        self._reserved += self._pages_at_most(sequence)
+        if sequence.num_preemptions == 0 and sequence.sample_index == 0:
+            self._prompt_tokens += sequence.num_prompt
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of running."""
+        self.running.remove(sequence)
+        self._reserved -= self._pages_at_most(sequence)
+
+    def _book(self, sequence: Sequence, output: StepOutput, index: int, scored: tuple[TokenLogprob, ...]) -> Emission:
+        """Appends the token that sample row `index` drew, and ends the sequence if that was its last."""
+        if index in output.failed:
+            self._finish(sequence)
+            return _emission(sequence, finish_reason=FinishReason.ERROR, error=output.failed[index])
+        token_id, logprob = output.token_ids[index], output.logprobs[index]
+        sequence.tokens.append(token_id)
+        self._generation_tokens += 1
+        reason = sequence.finish_reason_after(token_id)
+        if reason is not None:
+            self._finish(sequence)
+        return _emission(
+            sequence,
+            token_ids=(token_id,),
+            logprobs=() if logprob is None else (logprob,),
+            prompt_logprobs=scored,
+            finish_reason=reason,
+            stop_token_id=token_id if reason is FinishReason.STOP else None,
+        )
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Makes sure of the page that the next token is written to; False if the sequence cannot run now."""
+        if len(sequence.pages) * self._page_tokens >= len(sequence.tokens):
+            return True
+        if not (self._make_room(sequence, 1, self.waiting) or self._make_room(sequence, 1, self.running)):
+            # With batches in flight a page may come back by itself; otherwise earlier sequences need these pages.
+            if not self._in_flight:
+                self._preempt(sequence)
+            return False
+        sequence.pages.extend(self.pool.allocate(1))
+        return True
+
+    def _make_room(self, beneficiary: Sequence, count: int, holders: list[Sequence]) -> bool:
+        """Takes pages from `holders` that come later, until `count` pages are free; False if that is not enough.
+
+        Waiting sequences hold pages only while they share a prompt that another sample has computed: losing them costs
+        little, so they are asked before the running ones.
+        """
+        while self.pool.num_free < count:
+            victim = choose_victim(holders, beneficiary)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Drops the sequence's pages; its tokens stay, and are prefilled again when it is next in order."""
+        self._release(sequence)
+        self._outstanding += sequence.num_computed
+        sequence.num_computed = 0
+        if sequence.status is Status.RUNNING:
+            self._preemptions += 1
+            sequence.num_preemptions += 1
+            sequence.status = Status.WAITING
+            self._leave(sequence)
+            insort(self.waiting, sequence, key=_by_order)
+
+    def _fork_siblings(self, first: Sequence) -> None:
+        """Lets the other samples of a request in, sharing the prompt's full pages.
+
+        The last prompt token is left to each sample: its logits are what they draw their first token from. A partly
+        filled page is computed again by each rather than copied on write.
+        """
+        siblings = self._siblings.pop(first.request.request_id, None)
+        if siblings is None:
+            return
+        num_shared = (first.num_prompt - 1) // self._page_tokens
+        for sequence in siblings:
+            sequence.pages = first.pages[:num_shared]
+            self.pool.share(sequence.pages)
+            sequence.num_computed = num_shared * self._page_tokens
+            self._outstanding -= sequence.num_computed
+            insort(self.waiting, sequence, key=_by_order)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._outstanding -= sequence.num_outstanding
+        if sequence.status is Status.RUNNING:
+            self._leave(sequence)
+        elif sequence in self.waiting:  # a sibling that was not let in yet is in neither
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        if not sequence.in_flight:
+            self._release(sequence)
+        samples = self._sequences.get(sequence.request.request_id, ())
+        if all(s.status is Status.FINISHED for s in samples):
+            self._sequences.pop(sequence.request.request_id, None)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_tokens)
+
+    def _pages_at_most(self, sequence: Sequence) -> int:
+        return self._pages_for(sequence.num_prompt + sequence.max_tokens)
+
+    def _supply(self) -> Supply:
+        return Supply(self.pool.num_pages, self.pool.num_free, len(self.running), self._reserved)
+
+
+def _unreported(sequence: Sequence, count: int, prompt_logprobs: tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...]:
+    """The part of a chunk's prompt logprobs that was not reported before a preemption; marks it as reported."""
+    start = sequence.num_computed - count
+    fresh = prompt_logprobs[max(0, sequence.num_scored - start) :]
+    sequence.num_scored += len(fresh)
+    return fresh
+
+
+def _emission(sequence: Sequence, **what: Any) -> Emission:
+    return Emission(sequence.request.request_id, sequence.sample_index, **what)

@@ -1,0 +1,45 @@
+"""Admission and victims, called with numbers."""
+
+import pytest
+
+from engine.policy import Demand, Supply, admit_optimistic, admit_reserved, choose_victim, chunk_tokens
+from engine.sampling_params import SamplingParams
+from engine.sequence import Order, Request, Sequence
+
+
+def holder(priority: int, arrival: int, *, pages: int = 1, in_flight: bool = False) -> Sequence:
+    request = Request("r", (1,), SamplingParams())
+    sequence = Sequence(arrival, request, Order(priority, arrival, 0), 0, frozenset(), 1)
+    sequence.pages = list(range(pages))
+    sequence.in_flight = in_flight
+    return sequence
+
+
+@pytest.mark.parametrize(
+    ("now", "free", "running", "admitted"),
+    [(4, 4, 0, True), (5, 4, 0, False), (4, 6, 2, True), (4, 5, 2, False)],
+)
+def test_optimistic_admission_leaves_a_page_to_grow_for_each_running_sequence(
+    now: int, free: int, running: int, admitted: bool
+) -> None:
+    assert admit_optimistic(Demand(now, 99), Supply(100, free, running, 0)) is admitted
+
+
+def test_reservation_counts_max_tokens_and_not_what_is_free() -> None:
+    assert admit_reserved(Demand(1, 10), Supply(total=30, free=0, num_running=2, reserved=20))
+    assert not admit_reserved(Demand(1, 11), Supply(total=30, free=30, num_running=2, reserved=20))
+
+
+def test_the_victim_is_the_lowest_priority_then_the_latest() -> None:
+    early, late, unimportant = holder(0, 1), holder(0, 9), holder(1, 2)
+    assert choose_victim([early, late, unimportant], early) is unimportant
+    assert choose_victim([early, late], early) is late
+
+
+def test_nobody_yields_to_a_later_sequence_and_nobody_in_flight_yields() -> None:
+    assert choose_victim([holder(0, 1), holder(0, 2)], holder(0, 3)) is None
+    assert choose_victim([holder(0, 9, in_flight=True), holder(0, 8, pages=0)], holder(0, 3)) is None
+
+
+def test_a_chunk_is_what_the_budget_leaves() -> None:
+    assert (chunk_tokens(100, 30), chunk_tokens(10, 30)) == (30, 10)
