@@ -38,7 +38,9 @@ class KVConfig(Config):
     """The paged KV cache of one replica."""
 
     memory: Annotated[Bytes | Auto, BeforeValidator(parse_bytes)] = "auto"
-    """Bytes of keys and values; "auto" takes a share of the memory that is free at start."""
+    """Bytes of keys and values; "auto" takes `memory_share` of what is free once the weights are loaded."""
+    memory_share: float = Field(default=0.5, gt=0.0, le=0.95)
+    """Share of the free memory that "auto" takes; replicas on one machine divide it between them."""
     page_tokens: int = Field(default=16, ge=1, le=512)
     """Tokens of one sequence that share one page."""
 

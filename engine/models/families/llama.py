@@ -1,0 +1,85 @@
+"""Llama 1 to 3, and the config and names that Mistral and Qwen share with it."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+
+from engine.models.families.family import (
+    Config,
+    Family,
+    activation_of,
+    eos_token_ids,
+    linear_pieces,
+    merged_qkv_pieces,
+    norm_pieces,
+    prefix_of,
+)
+from engine.models.families.rope_config import max_position, rope_spec
+from engine.models.spec import ModelSpec
+from engine.models.weights import Piece
+
+
+def llama_like_spec(config: Config, windows: Sequence[int | None] = ()) -> ModelSpec:
+    """The common part: RMSNorm before attention and MLP, rotary positions, gated MLP, grouped-query attention."""
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    rope = rope_spec(config, head_dim)
+    return ModelSpec(
+        vocab_size=int(config["vocab_size"]),
+        hidden=int(config["hidden_size"]),
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        intermediate=int(config["intermediate_size"]),
+        max_position=max_position(config, rope),
+        norm="rms",
+        norm_eps=float(config["rms_norm_eps"]),
+        positions=rope,
+        activation=activation_of(config, "hidden_act"),
+        gated_mlp=True,
+        windows=tuple(windows),
+        tied_embeddings=bool(config["tie_word_embeddings"]),
+        eos_token_ids=eos_token_ids(config),
+        bos_token_id=config.get("bos_token_id"),
+    )
+
+
+def llama_like_pieces(spec: ModelSpec, names: Collection[str]) -> Iterator[Piece]:
+    prefix = prefix_of(names, "embed_tokens.weight", ("model.", ""))
+    attention = spec.heads * spec.head_dim
+    yield Piece.whole("embed.weight", f"{prefix}embed_tokens.weight", (spec.vocab_size, spec.hidden))
+    for index in range(spec.layers):
+        target, source = f"layers.{index}", f"{prefix}layers.{index}"
+        yield from norm_pieces(f"{target}.attention_norm", f"{source}.input_layernorm", spec)
+        yield from merged_qkv_pieces(f"{target}.qkv", f"{source}.self_attn", spec)
+        if spec.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                yield Piece.whole(f"{target}.{name}.weight", f"{source}.self_attn.{name}.weight", (spec.head_dim,))
+        yield from linear_pieces(
+            f"{target}.out", f"{source}.self_attn.o_proj", spec.hidden, attention, bias=spec.out_bias
+        )
+        yield from norm_pieces(f"{target}.mlp_norm", f"{source}.post_attention_layernorm", spec)
+        yield from _mlp_pieces(target, f"{source}.mlp", spec)
+    yield from norm_pieces("final_norm", f"{prefix}norm", spec)
+    if not spec.tied_embeddings:
+        yield Piece.whole("head.weight", "lm_head.weight", (spec.vocab_size, spec.hidden))
+
+
+def _mlp_pieces(target: str, source: str, spec: ModelSpec) -> Iterator[Piece]:
+    rows, bias = spec.intermediate, spec.mlp_bias
+    yield from linear_pieces(f"{target}.mlp_in", f"{source}.gate_proj", rows, spec.hidden, bias=bias)
+    yield from linear_pieces(f"{target}.mlp_in", f"{source}.up_proj", rows, spec.hidden, bias=bias, at=rows)
+    yield from linear_pieces(f"{target}.mlp_out", f"{source}.down_proj", spec.hidden, rows, bias=bias)
+
+
+def _spec(config: Config) -> ModelSpec:
+    attention_bias = bool(config.get("attention_bias"))
+    return replace(
+        llama_like_spec(config),
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=bool(config.get("mlp_bias")),
+    )
+
+
+LLAMA = Family("LlamaForCausalLM", "llama", _spec, llama_like_pieces)

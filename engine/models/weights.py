@@ -1,0 +1,183 @@
+"""From the tensors of a safetensors checkpoint to the parameters of a decoder, without ever holding both in full.
+
+Owns reading: memory-mapped files, row slices, and what can be wrong with them. Which tensor goes where is a family's
+knowledge (`Piece`); what the parameters are called and how large they are is the spec's.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.errors import ModelError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_REOPEN_BYTES = 64 * 2**20
+_SLICE_BYTES = 8 * 2**20
+_BUFFER_SUFFIXES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""Constants that old checkpoints saved among the weights: rotary frequencies and causal masks."""
+
+logger = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """Consecutive rows of a source tensor and where they go."""
+
+    source: int
+    target: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One checkpoint tensor and the rows it fills in one parameter."""
+
+    target: str
+    source: str
+    shape: tuple[int, ...]
+    """The shape that the checkpoint's tensor must have."""
+    runs: tuple[Run, ...]
+    transposed: bool = False
+    """The checkpoint stores [in, out]: its rows are the parameter's columns."""
+
+    @staticmethod
+    def whole(target: str, source: str, shape: tuple[int, ...], *, at: int = 0, transposed: bool = False) -> "Piece":
+        """All rows in order, from row `at` of the parameter on."""
+        return Piece(target, source, shape, (Run(0, at, shape[0]),), transposed)
+
+
+class Checkpoint:
+    """The safetensors files of one directory. Reads rows; never a whole file into memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = _locate(folder)
+        """Tensor name -> its file."""
+        self.origin = folder / (_SINGLE if (folder / _SINGLE).exists() else _INDEX)
+        """The file that says which tensors there are."""
+        self._handle: Any = None
+        self._open_file: Path | None = None
+        self._bytes_read = 0
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._files)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ModelError unless the tensor is there with that shape."""
+        if name not in self._files:
+            raise ModelError(f"{self.origin}: tensor {name!r} is missing; the model's config asks for it")
+        found = tuple(self._slice(name).get_shape())
+        if found != shape:
+            raise ModelError(f"{self._files[name]}: tensor {name!r} has shape {found}; the config asks for {shape}")
+
+    def row_slices(self, name: str, run: Run) -> Iterator[tuple[int, Tensor]]:
+        """Yields (row within the run, rows) in slices of a few MiB. A slice is valid until the next one is taken.
+
+        Pages of a mapped file count as resident once read, so the file is mapped anew now and then: otherwise loading
+        would peak at twice the weights.
+        """
+        shape = self._slice(name).get_shape()
+        row_elements = max(1, int(torch.Size(shape[1:]).numel()))
+        step = max(1, _SLICE_BYTES // (4 * row_elements))
+        for start in range(0, run.rows, step):
+            stop = min(start + step, run.rows)
+            rows = self._slice(name)[run.source + start : run.source + stop]
+            self._bytes_read += rows.numel() * rows.element_size()
+            yield start, rows
+            del rows
+            if self._bytes_read >= _REOPEN_BYTES:
+                self.close()
+
+    def close(self) -> None:
+        self._handle = self._open_file = None
+        self._bytes_read = 0
+
+    def _slice(self, name: str) -> Any:
+        file = self._files[name]
+        if file != self._open_file:
+            self.close()
+            self._handle, self._open_file = _open(file), file
+        try:
+            return self._handle.get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(f"{file}: tensor {name!r} is missing, though {_INDEX} places it here") from error
+
+
+def fill_parameters(
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Iterable[Piece],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """Allocates every parameter in the run's dtype and copies the pieces into place, converting slice by slice.
+
+    Every piece is checked before anything is allocated, so that a wrong checkpoint fails in milliseconds.
+    """
+    pieces = list(pieces)
+    for piece in pieces:
+        checkpoint.check(piece.source, piece.shape)
+    unused = checkpoint.names - {piece.source for piece in pieces}
+    unexpected = sorted(name for name in unused if not name.endswith(_BUFFER_SUFFIXES))
+    if unexpected:
+        logger.warning("%s: %d tensors are not used: %s", checkpoint.origin, len(unexpected), ", ".join(unexpected[:5]))
+    parameters = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    for piece in pieces:
+        parameter = parameters[piece.target]
+        for run in piece.runs:
+            for start, rows in checkpoint.row_slices(piece.source, run):
+                if piece.transposed:
+                    parameter[:, run.target + start :][:, : len(rows)].copy_(rows.T)
+                else:
+                    parameter[run.target + start :][: len(rows)].copy_(rows)
+    checkpoint.close()
+    return parameters
+
+
+def _locate(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor; every file's header has been read and agrees with the file's length."""
+    single, index = folder / _SINGLE, folder / _INDEX
+    if single.exists():
+        return dict.fromkeys(_open(single).keys(), single)
+    if index.exists():
+        return _read_index(index)
+    raise ModelError(_nothing_to_load(folder))
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): index.parent / str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f'{index}: expected JSON with a "weight_map" of tensor names to files ({error!r})') from error
+    for file in sorted(set(files.values())):
+        if not file.exists():
+            raise ModelError(f"{file}: shard is missing, though {_INDEX} names it; download or copy it again")
+        _open(file)
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file}: not a complete safetensors file ({error}); it may be truncated: download or copy it again"
+        ) from error
+
+
+def _nothing_to_load(folder: Path) -> str:
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder / pickles[0]}: pickled weights are not supported; convert the model once with transformers: "
+            'AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(DIR) writes "model.safetensors"'
+        )
+    return f"{folder}: no weights found; expected {_SINGLE}, or {_INDEX} and the shards that it names"

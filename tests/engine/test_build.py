@@ -1,0 +1,149 @@
+"""The whole engine on a real, tiny, random model: what a caller sees, whatever happens in the page pool."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.build import build_engine
+from engine.config import EngineConfig, KVConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.errors import ModelError
+from engine.sampling_params import SamplingParams
+from engine.sequence import FinishReason, Request
+from tests.engine.fakes import Streams, run_to_end
+
+PAGE_BYTES = 16 * 3 * 2 * 2 * 16 * 4  # tokens, layers, keys and values, heads, head_dim, float32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    path = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def engine_of(model: Path, pages: int = 512, **settings: object) -> Engine:
+    scheduler = SchedulerConfig(
+        max_sequences=16, max_batch_tokens=64, admission=settings.pop("admission", "optimistic")
+    )
+    kv = KVConfig(memory=pages * PAGE_BYTES)
+    return build_engine(
+        EngineConfig(model=str(model), dtype="float32", threads=1, kv=kv, scheduler=scheduler, **settings)
+    )
+
+
+def mixed_requests() -> list[Request]:
+    """Every kind of sampling, prompts and lengths that straddle pages."""
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.2, "top_k": 20, "n": 3},
+        {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+        {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 1},
+        {"temperature": 1.0, "min_p": 0.05, "logit_bias": {7: 4.0}},
+    ]
+    return [
+        Request(
+            f"r{i}",
+            tuple((i * 13 + j) % 298 + 2 for j in range(5 + 9 * i)),
+            SamplingParams(**kind, max_tokens=40, seed=i, ignore_eos=True),
+        )
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def run(engine: Engine, requests: list[Request]) -> Streams:
+    for request in requests:
+        engine.add(request)
+    return run_to_end(engine)
+
+
+def test_tokens_and_logprobs_do_not_depend_on_company_chunking_or_preemption(model: Path) -> None:
+    alone = Streams()
+    for request in mixed_requests():
+        single = run(engine_of(model), [request])
+        alone.tokens |= single.tokens
+        alone.prompt_logprobs |= single.prompt_logprobs
+    together = run(engine_of(model), mixed_requests())
+    tight_engine = engine_of(model, pages=8, max_model_len=128)
+    tight = run(tight_engine, mixed_requests())
+    reserved_engine = engine_of(model, pages=8, max_model_len=128, admission="reserve")
+    reserved = run(reserved_engine, mixed_requests())
+    assert tight_engine.stats().preemptions_total > 0
+    assert reserved_engine.stats().preemptions_total == 0
+    assert together.tokens == alone.tokens
+    assert tight.tokens == alone.tokens
+    assert reserved.tokens == alone.tokens
+    for other in (together, tight, reserved):
+        for key, logprobs in alone.prompt_logprobs.items():
+            assert [p.token_id for p in other.prompt_logprobs[key]] == [p.token_id for p in logprobs]
+            assert [p.logprob for p in other.prompt_logprobs[key]] == pytest.approx(
+                [p.logprob for p in logprobs], abs=1e-3
+            )
+    for engine in (tight_engine, reserved_engine):
+        assert engine.stats().num_free_pages == 8
+
+
+def test_samples_of_one_request_differ_and_greedy_ones_do_not(model: Path) -> None:
+    prompt = tuple(range(2, 40))
+    random = run(engine_of(model), [Request("r", prompt, SamplingParams(n=4, temperature=1.0, max_tokens=12, seed=1))])
+    greedy = run(engine_of(model), [Request("r", prompt, SamplingParams(n=4, temperature=0.0, max_tokens=12))])
+    assert len({tuple(tokens) for tokens in random.tokens.values()}) == 4
+    assert len({tuple(tokens) for tokens in greedy.tokens.values()}) == 1
+
+
+def test_unseeded_requests_are_not_all_alike(model: Path) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
+    streams = run(engine_of(model), [Request(f"r{i}", (2, 3, 4), params) for i in range(3)])
+    assert len({tuple(tokens) for tokens in streams.tokens.values()}) == 3
+
+
+def test_the_models_own_eos_stops_and_can_be_ignored(model: Path) -> None:
+    bias = {1: 100.0}
+    stopping = SamplingParams(temperature=0.0, logit_bias=bias, max_tokens=5)
+    streams = run(
+        engine_of(model),
+        [
+            Request("stops", (2, 3), stopping),
+            Request("goes on", (2, 3), stopping.model_copy(update={"ignore_eos": True})),
+            Request("at least", (2, 3), stopping.model_copy(update={"min_tokens": 3})),
+        ],
+    )
+    assert streams.finished["stops", 0].finish_reason is FinishReason.STOP
+    assert streams.tokens["stops", 0] == [1]
+    assert streams.tokens["goes on", 0] == [1] * 5
+    assert 1 not in streams.tokens["at least", 0][:3]
+    assert streams.tokens["at least", 0][3] == 1
+
+
+def test_every_auto_is_resolved_and_said_once(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="engine.build"):
+        engine = build_engine(EngineConfig(model=str(model)))
+    assert (engine.max_model_len, engine.vocab_size, engine.eos_token_ids) == (256, 300, (1,))
+    (message,) = [record.getMessage() for record in caplog.records]
+    for fact in ("float32", "threads", "KV", "pages of 16 tokens", "up to 256 tokens"):
+        assert fact in message
+
+
+def test_what_cannot_be_built_is_refused_before_anything_runs(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len"):
+        engine_of(model, max_model_len=1000)
+    with pytest.raises(ValueError, match=r"kv\.memory"):
+        engine_of(model, pages=2, max_model_len=200)
+    with pytest.raises(ModelError, match="no-such-model"):
+        build_engine(EngineConfig(model=str(tmp_path / "no-such-model")))
