@@ -1,5 +1,6 @@
-"""The randomness of sampling: a pure function of (seed, sample index, position), so it survives preemption, migration and
-any batching. Holds no state and knows neither logits nor requests.
+"""The randomness of sampling: a pure function of (seed, sample index, position), whatever the history or the batch.
+
+Holds no state and knows neither logits nor requests.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, section 3.3) is counter-based: the
 key is the seed, the counter is (position, sample index), and nearby counters give unrelated outputs by design.

@@ -16,15 +16,23 @@ from torch import Tensor
 
 from engine.batch import SampleRow, TokenLogprob
 from engine.randomness import uniforms
-from engine.sampling.draw import Filters, draw
+from engine.sampling.draw import Rows, draw
 from engine.sampling.edits import edit, is_edited
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.reductions import largest
 
 __all__ = ["Drawn", "Sampler", "token_logprobs"]
 
-_RAW_REASONS = {"nan": "the model's logits contain NaN", "inf": "the model's logits contain +inf"}
-_EDITED_REASONS = {"nan": "penalties made a logit NaN", "inf": "penalties or logit_bias made a logit infinite"}
+_RAW_REASONS = {
+    "nan": "the model's logits contain NaN",
+    "inf": "the model's logits contain +inf",
+    "-inf": "the model's logits are all -inf",
+}
+_EDITED_REASONS = {
+    "nan": "a penalty made a logit NaN",
+    "inf": "repetition_penalty is so small that it made a logit infinite",
+    "-inf": "no token is left to draw: allowed_token_ids and banned tokens exclude them all",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,29 +81,22 @@ def _choose(logits: Tensor, rows: SequenceOf[SampleRow], best: Tensor) -> tuple[
     if edited:
         changed = logits[edited]
         edit(changed, [rows[i] for i in edited])
-        best, logits = best.clone(), logits.clone() if len(edited) < len(rows) else changed
-        logits[edited] = changed
-        best[edited], ids[edited] = largest(changed)
+        logits = _put(logits, edited, changed)
+        values, tokens = largest(changed)
+        best, ids = _put(best, edited, values), _put(ids, edited, tokens)
         failed = _unusable(best.tolist(), _EDITED_REASONS)
     random = [i for i, row in enumerate(rows) if not row.params.greedy and i not in failed]
     if random:
-        filters = Filters.of([rows[i].params for i in random], logits.shape[1], logits.device)
-        ids[random] = draw(_take(logits, random), best[random], filters, _uniforms([rows[i] for i in random], logits))
+        chosen = [rows[i] for i in random]
+        numbers = uniforms([r.seed for r in chosen], [r.sample_index for r in chosen], [r.position for r in chosen])
+        uniform = torch.from_numpy(numbers).to(logits.device)
+        ids[random] = draw(Rows.of(_take(logits, random), best[random], uniform, [r.params for r in chosen]))
     return ids.tolist(), failed
-
-
-def _uniforms(rows: SequenceOf[SampleRow], logits: Tensor) -> Tensor:
-    numbers = uniforms([r.seed for r in rows], [r.sample_index for r in rows], [r.position for r in rows])
-    return torch.from_numpy(numbers).to(logits.device)
 
 
 def _unusable(best: list[float], reasons: dict[str, str]) -> dict[int, str]:
     """Rows that nothing can be drawn from, told by their largest logit: NaN and +inf win every comparison."""
-    return {
-        i: reasons.get(str(value), "no token can be drawn: every logit is -inf")
-        for i, value in enumerate(best)
-        if not -torch.inf < value < torch.inf
-    }
+    return {i: reasons[str(value)] for i, value in enumerate(best) if not -torch.inf < value < torch.inf}
 
 
 def _take(logits: Tensor, rows: list[int]) -> Tensor:
@@ -103,13 +104,17 @@ def _take(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
+def _put(x: Tensor, rows: list[int], changed: Tensor) -> Tensor:
+    """A copy of `x` with `changed` as the named rows; `changed` itself when they are all of it."""
+    return changed if len(rows) == len(x) else x.index_copy(0, torch.tensor(rows, device=x.device), changed)
+
+
 def _logprobs(
     logits: Tensor, rows: SequenceOf[SampleRow], token_ids: list[int], failed: dict[int, str]
 ) -> list[TokenLogprob | None]:
     found: list[TokenLogprob | None] = [None] * len(rows)
-    asking = {
-        i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None and i not in failed
-    }
+    tops = {i: row.params.logprobs for i, row in enumerate(rows) if i not in failed}
+    asking = {i: top for i, top in tops.items() if top is not None}
     if asking:
         wanted = list(asking)
         entries = token_logprobs(_take(logits, wanted), [token_ids[i] for i in wanted], max(asking.values()))
