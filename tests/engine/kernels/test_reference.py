@@ -1,0 +1,156 @@
+"""The torch operators against arithmetic written out plainly in float64."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.kernels import AttentionLayout, ReferenceOperators
+from engine.kernels.paged_sdpa import group_decodes
+from engine.kernels.reference import rotate
+
+PAGE_TOKENS = 4
+OPERATORS = ReferenceOperators()
+
+
+def make_layout(query_lens: Sequence[int], lens: Sequence[int], seed: int = 0) -> AttentionLayout:
+    """Pages in shuffled order, no page shared."""
+    counts = [-(-length // PAGE_TOKENS) for length in lens]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)).tolist()
+    table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    for row, count in enumerate(counts):
+        table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
+    spans = list(zip(query_lens, lens, strict=True))
+    positions = torch.cat([torch.arange(length - queries, length) for queries, length in spans])
+    rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(query_lens))
+    return AttentionLayout(
+        positions=positions,
+        contexts=torch.tensor(lens)[rows],
+        slots=table[rows, positions // PAGE_TOKENS].to(torch.int64) * PAGE_TOKENS + positions % PAGE_TOKENS,
+        cu_seq_q=torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32),
+        context_lens=torch.tensor(lens, dtype=torch.int32),
+        page_table=table,
+        page_tokens=PAGE_TOKENS,
+        query_lens=tuple(query_lens),
+        lens=tuple(lens),
+    )
+
+
+def plain_attention(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, layout: AttentionLayout, window: int | None
+) -> torch.Tensor:
+    """One query and one head at a time."""
+    out = torch.zeros_like(q, dtype=torch.float64)
+    group = q.shape[1] // k_pages.shape[2]
+    token = 0
+    for row, queries in enumerate(layout.query_lens):
+        pages = layout.page_table[row].long()
+        keys = k_pages[pages].flatten(0, 1).double()
+        values = v_pages[pages].flatten(0, 1).double()
+        for position in range(layout.lens[row] - queries, layout.lens[row]):
+            first = 0 if window is None else max(0, position - window + 1)
+            for head in range(q.shape[1]):
+                seen = slice(first, position + 1)
+                scores = keys[seen, head // group] @ q[token, head].double() * 0.3
+                out[token, head] = scores.softmax(0) @ values[seen, head // group]
+            token += 1
+    return out
+
+
+def random_cache(num_pages: int, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Strided views of one layer out of three, as the page-major cache gives them."""
+    pages = torch.randn(num_pages, 3, 2, PAGE_TOKENS, kv_heads, head_dim)
+    return pages[:, 1, 0], pages[:, 1, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), window=st.sampled_from([None, 1, 3, 9, 100]), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]))
+def test_paged_attention_is_attention(data: st.DataObject, window: int | None, heads: tuple[int, int]) -> None:
+    lens = data.draw(st.lists(st.integers(1, 45), min_size=1, max_size=6))
+    query_lens = [data.draw(st.one_of(st.just(1), st.integers(1, length))) for length in lens]
+    torch.manual_seed(0)
+    layout = make_layout(query_lens, lens, seed=len(lens))
+    k_pages, v_pages = random_cache(int(layout.page_table.max()) + 60, heads[1], 8)
+    q = torch.randn(sum(query_lens), heads[0], 8)
+    found = OPERATORS.attention(layout).attend(q, k_pages, v_pages, scale=0.3, window=window)
+    torch.testing.assert_close(found.double(), plain_attention(q, k_pages, v_pages, layout, window), atol=1e-5, rtol=0)
+
+
+def test_values_that_are_not_finite_stay_with_their_own_sequence() -> None:
+    """Page 0 is what unused table entries name; its owner's NaN must not reach the sequences beside it."""
+    layout = make_layout([1, 1, 1, 3], [2, 30, 5, 7])
+    layout.page_table[layout.page_table == 0] = 50
+    layout.page_table[0, 0] = 0
+    layout.page_table[2, 2:] = 0
+    k_pages, v_pages = random_cache(60, 2, 8)
+    k_pages[0], v_pages[0] = math.nan, math.inf
+    out = OPERATORS.attention(layout).attend(torch.randn(6, 4, 8), k_pages, v_pages, scale=0.3, window=None)
+    assert not out[0].isfinite().all()
+    assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_write_stores_rotated_keys_and_plain_values_at_their_slots(dtype: torch.dtype) -> None:
+    layout = make_layout([3, 1], [3, 6])
+    k_pages, v_pages = (pages.to(dtype) for pages in random_cache(8, 2, 8))
+    before = k_pages.clone()
+    qkv = torch.randn(4, (4 + 2 * 2) * 8).to(dtype)
+    angles = torch.rand(4, 3)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    q = OPERATORS.attention(layout).write(qkv, cos_sin, k_pages, v_pages)
+    heads = qkv.view(4, 8, 8)
+    expected = rotate(heads, cos_sin)
+    torch.testing.assert_close(q, expected[:, :4])
+    for token, slot in enumerate(layout.slots.tolist()):
+        torch.testing.assert_close(k_pages[slot // PAGE_TOKENS, slot % PAGE_TOKENS], expected[token, 4:6])
+        torch.testing.assert_close(v_pages[slot // PAGE_TOKENS, slot % PAGE_TOKENS], heads[token, 6:])
+    written = torch.zeros(8 * PAGE_TOKENS, dtype=torch.bool)
+    written[layout.slots] = True
+    assert torch.equal(k_pages.flatten(0, 1)[~written], before.flatten(0, 1)[~written])
+
+
+def test_rotation_turns_pairs_and_leaves_the_rest() -> None:
+    x = torch.randn(1, 2, 6)
+    quarter_turn = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    turned = rotate(x, quarter_turn)
+    expected = torch.cat((-x[..., 2:4], x[..., :2], x[..., 4:]), dim=-1)
+    torch.testing.assert_close(turned, expected)
+
+
+def test_norms_return_the_sum_as_next_residual() -> None:
+    x, residual, weight, bias = torch.randn(3, 16), torch.randn(3, 16), torch.randn(16), torch.randn(16)
+    total = (x + residual).double()
+    normed, summed = OPERATORS.rms_norm(x, weight, 1e-3, residual)
+    expected = total / (total.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    torch.testing.assert_close(summed, x + residual)
+    torch.testing.assert_close(normed.double(), expected, atol=1e-5, rtol=0)
+    normed, summed = OPERATORS.layer_norm(x, weight, bias, 1e-3, residual)
+    centred = total - total.mean(-1, keepdim=True)
+    expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * weight + bias
+    torch.testing.assert_close(summed, x + residual)
+    torch.testing.assert_close(normed.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_rms_norm_of_large_half_precision_values_does_not_overflow() -> None:
+    normed, _ = OPERATORS.rms_norm(torch.full((1, 64), 300.0, dtype=torch.float16), torch.ones(64).half(), 1e-5)
+    torch.testing.assert_close(normed, torch.ones(1, 64).half())
+
+
+def test_gate_multiplies_the_activated_first_half() -> None:
+    x = torch.randn(3, 10).double()
+    gate, up = x[:, :5], x[:, 5:]
+    torch.testing.assert_close(OPERATORS.gate(x, "silu"), gate / (1 + (-gate).exp()) * up)
+    torch.testing.assert_close(OPERATORS.gate(x, "gelu"), gate * (1 + torch.erf(gate / math.sqrt(2))) / 2 * up)
+    torch.testing.assert_close(OPERATORS.activate(gate, "relu"), gate.clamp(min=0))
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40))
+def test_decode_groups_hold_every_row_and_little_padding(pages: list[int]) -> None:
+    groups = group_decodes(dict(enumerate(pages)))
+    assert sorted(row for group in groups for row in group) == list(range(len(pages)))
+    for group in groups:
+        longest = max(pages[row] for row in group)
+        assert longest <= 8 or 2 * min(pages[row] for row in group) >= longest
