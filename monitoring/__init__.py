@@ -1,0 +1,1 @@
+"""What the cluster reports about itself. Imports the engine's plain result types and nothing else of the project."""

@@ -1,0 +1,154 @@
+"""Every metric of Manta, listed once: name, help, kind, labels and buckets.
+
+Names are those of vLLM behind the prefix `manta:`, with vLLM's suffixes and buckets, so that its dashboards work after
+a change of prefix. Owns no value; the recorder and the store look metrics up here and nowhere else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+LATENCY_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+TOKEN_LATENCY_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+TOKEN_COUNT_BUCKETS = tuple(
+    float(step * 10**power) for power in range(6) for step in (1, 2, 5) if step * 10**power <= 200_000
+)
+ITERATION_BUCKETS = (1.0, *(float(2**power) for power in range(3, 15)))
+SAMPLES_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class Kind(Enum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+class Owner(Enum):
+    """Who measures: it decides which labels identify a series."""
+
+    REPLICA = "replica"
+    """Labelled with `model_name` and `engine`: the replica's slot, a small number."""
+    GATEWAY = "gateway"
+    """Labelled with `model_name`: measured next to the client's socket, over all engines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric family."""
+
+    name: str
+    help: str
+    kind: Kind
+    owner: Owner
+    labels: tuple[str, ...] = ()
+    """Labels beyond those of the owner; their values are given with each increment or observation."""
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram, ascending, without +Inf."""
+    initial: tuple[tuple[str, ...], ...] = ()
+    """Values of `labels` that are exported as 0 from the start; a metric without labels always is."""
+
+    @property
+    def series_at_start(self) -> tuple[tuple[str, ...], ...]:
+        return self.initial if self.labels else ((),)
+
+
+def _metrics() -> tuple[Metric, ...]:
+    counter, gauge, histogram = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
+    replica, gateway = Owner.REPLICA, Owner.GATEWAY
+    counts, token_latency = TOKEN_COUNT_BUCKETS, TOKEN_LATENCY_BUCKETS
+    return (
+        Metric("manta:num_requests_running", "Number of sequences that hold KV pages.", gauge, replica),
+        Metric("manta:num_requests_waiting", "Number of sequences waiting for admission.", gauge, replica),
+        Metric("manta:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", gauge, replica),
+        Metric("manta:num_preemptions_total", "Cumulative number of preemptions.", counter, replica),
+        Metric("manta:prompt_tokens_total", "Number of prompt tokens of admitted requests.", counter, replica),
+        Metric("manta:generation_tokens_total", "Number of generation tokens produced.", counter, replica),
+        Metric(
+            "manta:iteration_tokens_total",
+            "Histogram of the number of tokens per engine iteration.",
+            histogram,
+            replica,
+            buckets=ITERATION_BUCKETS,
+        ),
+        Metric(
+            "manta:request_success_total",
+            "Count of finished choices by the reason they ended.",
+            counter,
+            gateway,
+            labels=("finished_reason",),
+            initial=tuple((reason,) for reason in FINISH_REASONS),
+        ),
+        Metric(
+            "manta:time_to_first_token_seconds",
+            "Histogram of time from a request's arrival to its first token in seconds.",
+            histogram,
+            gateway,
+            buckets=FIRST_TOKEN_BUCKETS,
+        ),
+        Metric(
+            "manta:inter_token_latency_seconds",
+            "Histogram of inter-token latency in seconds.",
+            histogram,
+            gateway,
+            buckets=token_latency,
+        ),
+        Metric(
+            "manta:request_time_per_output_token_seconds",
+            "Histogram of the mean time per output token after the first, per choice, in seconds.",
+            histogram,
+            gateway,
+            buckets=token_latency,
+        ),
+        Metric(
+            "manta:e2e_request_latency_seconds",
+            "Histogram of end-to-end request latency in seconds.",
+            histogram,
+            gateway,
+            buckets=LATENCY_BUCKETS,
+        ),
+        Metric(
+            "manta:request_prompt_tokens", "Histogram of prompt tokens per request.", histogram, gateway, buckets=counts
+        ),
+        Metric(
+            "manta:request_generation_tokens",
+            "Histogram of generation tokens per choice.",
+            histogram,
+            gateway,
+            buckets=counts,
+        ),
+        Metric(
+            "manta:request_params_n",
+            "Histogram of the n request parameter.",
+            histogram,
+            gateway,
+            buckets=SAMPLES_BUCKETS,
+        ),
+        Metric(
+            "manta:request_params_max_tokens",
+            "Histogram of the max_tokens request parameter.",
+            histogram,
+            gateway,
+            buckets=counts,
+        ),
+        Metric(
+            "manta:http_requests_total",
+            "Total number of HTTP requests by method, status class and handler.",
+            counter,
+            gateway,
+            labels=("method", "status", "handler"),
+        ),
+    )
+
+
+CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in _metrics()}
