@@ -1,5 +1,8 @@
 """The device memory of keys and values. Owns the tensor and its layout; who owns which page is `engine.kv.pages`."""
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ class PagedKVCache:
     """Page-major cache [pages, layers, 2, page_tokens, kv_heads, head_dim]: keys at index 0 of the third axis.
 
     One page of one sequence is one contiguous run over all layers, so that offload, transfer, checksum and migration
-    are single copies. It starts as zeros, which the system commits page by page as they are first written.
+    are single copies. It starts as zeros; on the CPU the system commits memory only as pages are first written.
     """
 
     def __init__(
@@ -22,7 +25,8 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (num_pages, spec.layers, 2, page_tokens, spec.kv_heads, spec.head_dim)
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        on_cpu = torch.device(device).type == "cpu"
+        self.pages = _untouched_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def num_pages(self) -> int:
@@ -43,3 +47,17 @@ class PagedKVCache:
     def clear(self, page_ids: Tensor) -> None:
         """Zeroes whole pages ([N] int64), so that slots not written yet hold finite values whoever used them before."""
         self.pages.index_fill_(0, page_ids, 0)
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory that is reserved and not yet taken.
+
+    `torch.zeros` writes its zeros, which would take the whole budget at start, seconds for each gigabyte.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    # Private: Python's default, shared memory, is counted against /dev/shm in containers.
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, num_bytes)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -36,10 +36,7 @@ def plan_kv(
     bytes_per_page = bytes_per_token * page_tokens
     affordable = budget_bytes // bytes_per_page
     longest = affordable * page_tokens
-    if max_model_len == "auto":
-        length = min(model_max_len, longest)
-    else:
-        length = max_model_len
+    length = min(model_max_len, longest) if max_model_len == "auto" else max_model_len
     if affordable < 1:
         raise ValueError(
             f"kv.memory ({budget_bytes} bytes) is less than one page of {page_tokens} tokens ({bytes_per_page} bytes)"
