@@ -32,3 +32,8 @@ class AppConfig(Config):
     """Ray CPUs that one replica reserves; "auto" shares the cores of the machine between the replicas."""
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for: the one chosen, or the last part of the model's path or hub id."""
+        return self.served_model_name or self.engine.model.rstrip("/").rpartition("/")[2]

@@ -31,7 +31,8 @@ class Submit:
     cost: int
     """Tokens to prefill plus tokens that may be generated: what the router balances."""
     outstanding: Mapping[str, int] = field(default_factory=dict)
-    """Replica id -> cost of the unfinished requests there, as far as this gateway knows."""
+    """Replica id -> tokens outstanding there, as far as this gateway knows: its live ledger, which the router in the
+    gateway's process reads and books on. It is not sent to the replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,35 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Unavailable:
+    """The replica is there, but its engine takes no more requests; another replica may."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Asks one replica for the frames of one gateway's requests."""
+
+    gateway_id: str
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Tells one replica that nobody reads these requests any more."""
+
+    gateway_id: str
+    replica_id: str
+    request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
-    """Everything one engine iteration brought for the requests of one gateway."""
+    """Everything that one engine iteration, or several if the gateway is behind, brought for one gateway's requests.
+
+    A frame without emissions is a sign of life.
+    """
 
     replica_id: str
     emissions: tuple[Emission, ...]

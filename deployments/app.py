@@ -1,0 +1,94 @@
+"""The application builder: `import_path: deployments.app:build` in a Serve config file.
+
+Turns a validated configuration into bound deployments, and resolves what depends on the cluster. Loads no model.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from deployments.config import AppConfig
+from deployments.gateway import Gateway
+from deployments.metrics_hub import MetricsHub
+from deployments.replica import EngineFactory, LLMReplica, load_engine
+from deployments.router_adapter import TokenRequestRouter
+from engine.config import EngineConfig
+
+MAX_ONGOING_REQUESTS = 4096
+"""Calls that a replica or gateway handles at once: far above what the admission of either lets through, but finite,
+so that a runaway caller is held back rather than let in."""
+HEALTH_CHECK_PERIOD_S = 2.0
+"""A replica that was killed is noticed within a period; Serve's default of 10 s is long to go without one."""
+HEALTH_CHECK_TIMEOUT_S = 30.0
+"""Generous: an event loop that is merely busy must not be taken for dead."""
+GRACEFUL_SHUTDOWN_S = 10.0
+"""How long requests may go on in a replica that is to go."""
+GRACEFUL_SHUTDOWN_POLL_S = 0.5
+
+
+def build(args: AppConfig) -> Application:
+    """The application for `args`. Serve calls this with the file's `args`, validated: an error names the field."""
+    return assemble(args, load_engine)
+
+
+def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
+    """The application with engines of the caller's choice; the factory must be importable in the replicas."""
+    cpus = node_cpus()
+    share = cpu_share(cpus, config.replicas) if config.cpus_per_replica == "auto" else config.cpus_per_replica
+    neighbours = min(config.replicas, max(1, math.floor(max(cpus, default=share) / share)))
+    resolved = config.model_copy(update={"engine": share_machine(config.engine, share, neighbours)})
+    hub = _deployment(MetricsHub, replicas=1, cpus=0).bind(config.model_name)
+    replicas = (
+        _deployment(LLMReplica, replicas=config.replicas, cpus=share)
+        .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
+        .bind(resolved, hub, engine_factory)
+    )
+    gateway = _deployment(serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0)
+    return gateway.bind(resolved, replicas, hub)
+
+
+def _deployment(actor: type, *, replicas: int, cpus: float) -> Any:
+    """A Serve deployment of `actor`. Gateways and hub reserve no CPU, so that they fit beside the replicas."""
+    return serve.deployment(actor).options(
+        num_replicas=replicas,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": cpus},
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_wait_loop_s=GRACEFUL_SHUTDOWN_POLL_S,
+    )
+
+
+def node_cpus() -> list[float]:
+    """Ray CPUs of each living node; empty without a cluster."""
+    if not ray.is_initialized():
+        return []
+    return [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+
+
+def cpu_share(cpus: Sequence[float], replicas: int) -> float:
+    """CPUs that each of `replicas` may reserve so that all of them fit on nodes with `cpus` CPUs.
+
+    The most whole CPUs, or an equal fraction when there are more replicas than CPUs. 1 when no node is known.
+    """
+    for share in range(int(max(cpus, default=0)), 0, -1):
+        if sum(int(node // share) for node in cpus) >= replicas:
+            return float(share)
+    if sum(cpus) < 1:
+        return 1.0
+    # Ray counts resources in ten-thousandths.
+    per_cpu = math.ceil(replicas / sum(int(node) for node in cpus))
+    return math.floor(10_000 / per_cpu) / 10_000
+
+
+def share_machine(engine: EngineConfig, cpus: float, neighbours: int) -> EngineConfig:
+    """Resolves what "auto" means for one of `neighbours` replicas of a node: its cores, and its part of the memory."""
+    threads = max(1, int(cpus)) if engine.threads == "auto" else engine.threads
+    kv = engine.kv.model_copy(update={"memory_share": engine.kv.memory_share / neighbours})
+    return engine.model_copy(update={"threads": threads, "kv": kv})

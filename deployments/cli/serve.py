@@ -1,0 +1,132 @@
+"""`manta serve`: flags and a config file become one validated configuration; `deployments.launcher` does the rest."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deployments.cli.errors import CommandError, ExitCode, one_line
+
+if TYPE_CHECKING:
+    from deployments.config import AppConfig
+
+_MODEL = "Model and engine"
+_MACHINE = "Address and machine"
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="A model directory, a hub id, or manta-tiny, the built-in model (default).")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML: the args of an application, or a whole Serve config. Flags win."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for all interfaces.", rich_help_panel=_MACHINE)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, rich_help_panel=_MACHINE)] = 8000,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Start Ray's dashboard too.", rich_help_panel=_MACHINE)
+    ] = False,
+    replicas: Annotated[int | None, typer.Option(help="Copies of the model. [1]", rich_help_panel=_MACHINE)] = None,
+    gateways: Annotated[int | None, typer.Option(help="HTTP processes. [1]", rich_help_panel=_MACHINE)] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The name clients ask for. [the model's]", rich_help_panel=_MODEL)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.", rich_help_panel=_MODEL)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16, float16. [auto]", rich_help_panel=_MODEL)
+    ] = None,
+    max_model_len: Annotated[str | None, typer.Option(help="Tokens, or auto. [auto]", rich_help_panel=_MODEL)] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help='Such as "2GiB", or auto. [auto]', rich_help_panel=_MODEL)
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Sequences run at once. [128]", rich_help_panel=_MODEL)
+    ] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an iteration. [1024]", rich_help_panel=_MODEL)
+    ] = None,
+    admission: Annotated[
+        str | None, typer.Option(help="optimistic, or reserve. [optimistic]", rich_help_panel=_MODEL)
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Of the arithmetic, per replica, or auto. [auto]", rich_help_panel=_MODEL)
+    ] = None,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API, on a private Ray on this machine. Ctrl-C stops it.
+
+    Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 failed, 2 bad flag, config file, model or port, 130 interrupted before
+    the model was ready.
+
+    Examples:
+
+      manta serve
+
+      manta serve ./my-model --replicas 2 --port 9000
+
+      manta serve org/name --kv-memory 4GiB --max-model-len 4096
+    """
+    from deployments.launcher import LaunchOptions, launch
+
+    chosen = {
+        "replicas": replicas,
+        "served_model_name": served_model_name,
+        "gateway.replicas": gateways,
+        "engine.model": model,
+        "engine.revision": revision,
+        "engine.dtype": dtype,
+        "engine.max_model_len": max_model_len,
+        "engine.threads": threads,
+        "engine.kv.memory": kv_memory,
+        "engine.scheduler.max_sequences": max_sequences,
+        "engine.scheduler.max_batch_tokens": max_batch_tokens,
+        "engine.scheduler.admission": admission,
+    }
+    application = configure(config, {name: value for name, value in chosen.items() if value is not None})
+    launch(application, LaunchOptions(host, port, dashboard), say=lambda line: print(line, flush=True))
+
+
+def configure(file: Path | None, chosen: dict[str, Any]) -> "AppConfig":
+    """The validated configuration of a file and of flags, which win; `chosen` maps dotted field names to values.
+
+    Raises CommandError that names the field.
+    """
+    from pydantic import ValidationError
+
+    from deployments.config import AppConfig
+
+    args = {} if file is None else read_args(file)
+    for name, value in chosen.items():
+        *sections, field = name.split(".")
+        section = args
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[field] = value
+    try:
+        return AppConfig.model_validate(args)
+    except ValidationError as error:
+        origin = "" if file is None else f"{file}: "
+        raise CommandError(f"{origin}{one_line(error)}", ExitCode.BAD_INPUT) from None
+
+
+def read_args(file: Path) -> dict[str, Any]:
+    """The application's args in a YAML file: the file itself, or those of the one application of a Serve config."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror or error}", ExitCode.BAD_INPUT) from None
+    except yaml.YAMLError as error:
+        raise CommandError(f"{file}: not valid YAML: {one_line(error)}", ExitCode.BAD_INPUT) from None
+    if isinstance(content, dict) and "applications" in content:
+        applications = content["applications"]
+        if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
+            raise CommandError(f"{file}: applications: expected exactly one", ExitCode.BAD_INPUT)
+        content = applications[0].get("args")
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise CommandError(
+            f"{file}: expected a mapping of settings, found {type(content).__name__}", ExitCode.BAD_INPUT
+        )
+    return content

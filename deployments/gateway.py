@@ -1,0 +1,53 @@
+"""The HTTP ingress, as Serve runs it: builds the API over a backend that reaches the replicas through Serve.
+
+Owns the life of the API inside a gateway process; what the API does is `deployments.gateway_app`'s.
+"""
+
+import asyncio
+import logging
+import secrets
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config import AppConfig
+from deployments.gateway_app import build_http
+from deployments.logs import configure_logging
+from deployments.metrics_push import MetricsPusher
+from deployments.ray_backend import RayBackend
+from deployments.serve_settings import missing_settings
+from deployments.version import installed_version
+from monitoring.recorder import Delta, Recorder
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Speaks the OpenAI API to clients and frames to replicas."""
+
+    def __init__(self, config: AppConfig, replicas: DeploymentHandle, hub: DeploymentHandle) -> None:
+        configure_logging("gateway")
+        self._config = config
+        self._gateway_id = f"gateway-{secrets.token_hex(6)}"
+        self._recorder = Recorder()
+        self._push = hub.options(method_name="push")
+        self._render = hub.options(method_name="render")
+        self._pusher = MetricsPusher(self._recorder, self._send)
+        self._backend = RayBackend(self._gateway_id, replicas, self._metrics)
+        self._pushing = asyncio.get_running_loop().create_task(self._pusher.run())
+        missing = missing_settings()
+        if missing:
+            logger.warning(missing)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve's hook for an ingress whose application exists only once its deployment does."""
+        return build_http(self._backend, self._config.gateway, self._recorder, installed_version())
+
+    async def _send(self, delta: Delta) -> None:
+        await self._push.remote(self._gateway_id, delta)
+
+    async def _metrics(self) -> bytes:
+        # What this gateway has counted is part of the picture it is asked for.
+        await self._pusher.push()
+        exposition: bytes = await self._render.remote()
+        return exposition

@@ -1,0 +1,223 @@
+"""`manta serve`: one machine, one command. Checks, starts a private Ray, deploys, waits, serves, and cleans up.
+
+Owns the order of these phases and what the user is told in each; every phase's work is another file's. Whatever ends
+it, an error, Ctrl-C or SIGTERM, no process and no directory is left behind.
+"""
+
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from deployments.cli.errors import CommandError, ExitCode
+from deployments.config import AppConfig
+from deployments.model_check import check_model
+from deployments.private_ray import PrivateRay
+from engine.models.source import BUILT_IN
+
+APPLICATION = "default"
+POLL_S = 0.2
+STATUS_EVERY = 5
+"""Polls of the endpoint for each look at Serve's status, which costs a call to the controller."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """What concerns the machine rather than the application."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    dashboard: bool = False
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. Like KeyboardInterrupt, no `except Exception` may take it for an error."""
+
+
+def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
+    """Serves `config` until interrupted; returns after a clean stop.
+
+    `say` shows a line to the user. Raises ModelError or CommandError when serving is impossible, and CommandError with
+    exit code 130 when interrupted before it began.
+    """
+    config = _absolute(config)
+    check_model(config.engine)
+    check_port(options.host, options.port)
+    ray = PrivateRay(num_cpus=usable_cpus(), dashboard=options.dashboard)
+    watch = _Signals(ray.abandon)
+    try:
+        watch.install()
+        _serve(ray, config, options, say, watch)
+    except _Interrupted:
+        watch.stopping = True
+        say("Stopping ... (Ctrl-C again to stop at once)")
+        if not watch.serving:
+            raise CommandError("interrupted before the model was ready", ExitCode.INTERRUPTED) from None
+    finally:
+        watch.stopping = True
+        ray.stop()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises CommandError if `port` cannot be listened on."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise CommandError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another one with --port",
+            ExitCode.BAD_INPUT,
+        ) from None
+
+
+def usable_cpus() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve(ray: PrivateRay, config: AppConfig, options: LaunchOptions, say: Say, watch: "_Signals") -> None:
+    began = time.monotonic()
+    say(f"Starting {config.model_name} on {config.replicas} replica{'s' if config.replicas > 1 else ''} ...")
+    lost = ray.start(options.host, options.port)
+    if lost:
+        say(lost)
+    watch.install()  # Ray has put its own handlers in place.
+    _deploy(config)
+    with _Console(ray.log_file, say) as console:
+        url = f"http://{_reachable(options.host)}:{options.port}"
+        _wait_until_ready(url, console)
+        watch.serving = True
+        say(_welcome(config, url, time.monotonic() - began))
+        if options.dashboard:
+            say("Ray's dashboard: http://127.0.0.1:8265")
+        while True:
+            time.sleep(0.5)
+            console.show_new()
+
+
+def _deploy(config: AppConfig) -> None:
+    from ray.serve.api import _run
+
+    from deployments.app import build
+
+    _run(build(config), name=APPLICATION, route_prefix="/", _blocking=False)
+
+
+def _wait_until_ready(url: str, console: "_Console") -> None:
+    """Returns once a request would be served. Raises CommandError with the reason once it is clear that none will."""
+    polls = 0
+    while not _answers(f"{url}/ready"):
+        polls += 1
+        console.show_new()
+        if polls % STATUS_EVERY == 0:
+            _check_status()
+        time.sleep(POLL_S)
+    console.show_new()
+
+
+def _check_status() -> None:
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        messages = [application.message, *(each.message for each in application.deployments.values())]
+        raise failure_of("\n".join(messages))
+
+
+def failure_of(message: str) -> CommandError:
+    """The one line of a failed deployment's message that says why, and the exit code that goes with it.
+
+    Serve's message holds the traceback of the constructor that raised; its last line is the exception.
+    """
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    for line in reversed(lines):
+        if line.startswith("engine.errors.ModelError: "):
+            return CommandError(line.removeprefix("engine.errors.ModelError: "), ExitCode.BAD_INPUT)
+    raised = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+    return CommandError(f"the model could not be served: {(raised or lines or ['no reason given'])[-1]}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+
+
+def _absolute(config: AppConfig) -> AppConfig:
+    """The configuration with a local model's path made absolute: replicas run in another working directory."""
+    model = Path(config.engine.model).expanduser()
+    if config.engine.model == BUILT_IN or not model.exists():
+        return config
+    name = config.served_model_name or model.resolve().name
+    engine = config.engine.model_copy(update={"model": str(model.resolve())})
+    return config.model_copy(update={"engine": engine, "served_model_name": name})
+
+
+def _welcome(config: AppConfig, url: str, seconds: float) -> str:
+    body = f'{{"model": "{config.model_name}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    return (
+        f"\nServing {config.model_name} at {url} (ready after {seconds:.1f} s). Ctrl-C stops it. Try:\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n"
+    )
+
+
+class _Signals:
+    """Turns the first Ctrl-C or SIGTERM into `_Interrupted`, and one that comes while stopping into an end at once."""
+
+    def __init__(self, end_at_once: Callable[[], None]) -> None:
+        self.serving = False
+        self.stopping = False
+        self._end_at_once = end_at_once
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.stopping:
+            self.stopping = True
+            raise _Interrupted
+        self._end_at_once()
+        os._exit(ExitCode.INTERRUPTED)
+
+
+class _Console:
+    """Shows what the processes of the application log."""
+
+    def __init__(self, path: Path, say: Say) -> None:
+        self._path = path
+        self._say = say
+        self._file: TextIO | None = None
+
+    def show_new(self) -> None:
+        """Shows the lines that were written since the last call."""
+        if self._file is None:
+            if not self._path.exists():
+                return
+            self._file = self._path.open(encoding="utf-8", errors="replace")
+        for line in self._file:
+            self._say(line.rstrip("\n"))
+
+    def __enter__(self) -> "_Console":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._file is not None:
+            self.show_new()
+            self._file.close()

@@ -1,0 +1,331 @@
+"""The backend of a gateway in a cluster: submits requests to replicas and brings their tokens back.
+
+Owns what is between a gateway and the replicas: routing books, one link per replica, retries before a request is taken.
+Knows no HTTP and no text. A request whose replica dies fails with GenerationFailed; whoever wants to continue it on
+another replica does so above this file, from the tokens the client already has.
+"""
+
+import asyncio
+import contextvars
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.backend import GenerationFailed, NotReady
+from deployments.messages import Abort, Accepted, Attach, Frame, ModelCard, Submit, Unavailable
+from deployments.router import Ledger, ReplicaGone
+from engine.errors import InvalidRequest
+from engine.sequence import Emission, Request
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SUBMIT_ATTEMPTS = 4
+RETRY_AFTER_S = 0.1
+SUBMIT_TIMEOUT_S = 30.0
+"""How long a request may look for a replica. An engine answers between two iterations, so this is not a busy replica
+but none at all."""
+CARD_TIMEOUT_S = 2.0
+SILENCE_S = 20.0
+"""A link without a frame for so long is broken: a living replica sends one every second. Long, because a machine whose
+cores are all computing may leave an event loop waiting for seconds."""
+MAX_REMEMBERED = 4096
+"""Aborted requests whose late tokens are recognised."""
+
+
+class RayBackend:
+    """`deployments.backend.Backend` over the handle of the replicas' deployment."""
+
+    def __init__(self, gateway_id: str, replicas: DeploymentHandle, metrics: Callable[[], Awaitable[bytes]]) -> None:
+        """`gateway_id`: a name that no other gateway process ever has. `metrics`: renders the exposition."""
+        self._gateway_id = gateway_id
+        self._metrics = metrics
+        self._submit_call = replicas.options(method_name="submit")
+        self._abort_call = replicas.options(method_name="abort")
+        self._card_call = replicas.options(method_name="card")
+        self._frames_call = replicas.options(method_name="frames", stream=True)
+        self._ledger = Ledger()
+        self._tickets = itertools.count()
+        self._streams: dict[str, _TokenStream] = {}
+        self._links: dict[str, _Link] = {}
+        self._aborted: dict[str, None] = {}
+        """Wire ids of the latest aborts, oldest first: tokens of theirs may still be on the way."""
+        self._card: ModelCard | None = None
+        self._background: set[asyncio.Task[Any]] = set()
+
+    async def card(self) -> ModelCard:
+        """The model that is served; asked once, then remembered. Raises NotReady while no replica has loaded it."""
+        if self._card is None:
+            self._card = await self._ask_card()
+        return self._card
+
+    async def ready(self) -> bool:
+        """Whether some replica answers now."""
+        try:
+            answer = await self._ask_card()
+        except NotReady:
+            return False
+        # The first answer stays: replicas differ in when they were created.
+        self._card = self._card or answer
+        return True
+
+    async def metrics(self) -> bytes:
+        return await self._metrics()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+        """See `Backend.generate`."""
+        # Ids of clients may repeat; on the wire every attempt has its own, so that whatever an abandoned attempt still
+        # brings belongs to nobody.
+        stream = await self._submit(request)
+        try:
+            while not stream.finished:
+                for emission in await stream.take():
+                    yield replace(emission, request_id=request.request_id)
+        finally:
+            self._close(stream)
+
+    async def _submit(self, request: Request) -> "_TokenStream":
+        """The stream of the replica that took the request; looks for another one when a replica is gone."""
+        cost = len(request.prompt_token_ids) + await self._output_tokens(request)
+        for _ in range(SUBMIT_ATTEMPTS):
+            stream = self._open(request)
+            try:
+                answer = await self._call(self._submit_to_any(stream, request, cost), SUBMIT_TIMEOUT_S)
+            except BaseException as error:
+                self._close(stream)
+                if isinstance(error, RayActorError):
+                    await asyncio.sleep(RETRY_AFTER_S)
+                    continue
+                if isinstance(error, (TimeoutError, BackPressureError, DeploymentUnavailableError)):
+                    raise NotReady("no replica took the request") from error
+                raise
+            match answer:
+                case Accepted():
+                    return stream
+                case Unavailable(replica_id):
+                    self._close(stream)
+                    self._ledger.avoid(replica_id)
+                case InvalidRequest():
+                    self._close(stream)
+                    raise answer
+        raise NotReady("every replica that was tried went away")
+
+    async def _output_tokens(self, request: Request) -> int:
+        if request.params.max_tokens is not None:
+            return request.params.max_tokens * request.params.n
+        card = await self.card()
+        return max(0, card.max_model_len - len(request.prompt_token_ids)) * request.params.n
+
+    async def _submit_to_any(
+        self, stream: "_TokenStream", request: Request, cost: int
+    ) -> Accepted | InvalidRequest | Unavailable:
+        call = Submit(replace(request, request_id=stream.wire_id), self._gateway_id, cost, self._ledger)
+        answer: Accepted | InvalidRequest | Unavailable = await self._submit_call.remote(call)
+        if isinstance(answer, Accepted):
+            self._accepted(stream, answer.replica_id)
+        return answer
+
+    def _accepted(self, stream: "_TokenStream", replica_id: str) -> None:
+        stream.replica_id = replica_id
+        if stream.closed:
+            # The client left while the request was on its way.
+            self._abort(stream.wire_id, replica_id)
+            return
+        self._ledger.assign(stream.wire_id, replica_id)
+        if not stream.finished:
+            self._link(replica_id).add(stream)
+
+    def _open(self, request: Request) -> "_TokenStream":
+        wire_id = f"{request.request_id}@{self._gateway_id}.{next(self._tickets)}"
+        stream = self._streams[wire_id] = _TokenStream(wire_id, len(request.prompt_token_ids), request.params.n)
+        return stream
+
+    def _close(self, stream: "_TokenStream") -> None:
+        """Forgets a stream, and aborts its request at the replica if it has not finished there."""
+        stream.closed = True
+        self._streams.pop(stream.wire_id, None)
+        self._ledger.release(stream.wire_id)
+        link = self._links.get(stream.replica_id or "")
+        if link is not None:
+            link.remove(stream)
+        if stream.replica_id is not None and not stream.complete and not stream.broken:
+            self._abort(stream.wire_id, stream.replica_id)
+
+    def _abort(self, wire_id: str, replica_id: str) -> None:
+        self._aborted[wire_id] = None
+        while len(self._aborted) > MAX_REMEMBERED:
+            del self._aborted[next(iter(self._aborted))]
+        call = Abort(self._gateway_id, replica_id, (wire_id,))
+
+        async def send() -> None:
+            try:
+                async with asyncio.timeout(SILENCE_S):
+                    await self._abort_call.remote(call)
+            except Exception as error:
+                # The replica, or this gateway's stream there, is gone: then so is the request, now or after a grace.
+                logger.debug("Abort of %s was not delivered: %s", call.request_ids, error)
+
+        self._spawn(send())
+
+    def _link(self, replica_id: str) -> "_Link":
+        link = self._links.get(replica_id)
+        if link is None:
+            link = self._links[replica_id] = _Link(replica_id)
+            self._spawn(self._read(link))
+        return link
+
+    async def _read(self, link: "_Link") -> None:
+        """Follows one replica's frames while requests of ours run there."""
+        failure = "the replica closed the stream"
+        try:
+            while link.streams:
+                await self._read_stream(link.replica_id)
+        except (ReplicaGone, RayActorError):
+            failure = f"replica {link.replica_id} is gone"
+        except TimeoutError:
+            failure = f"replica {link.replica_id} sent nothing for {SILENCE_S:.0f} s"
+        except Exception as error:
+            failure = f"the stream of replica {link.replica_id} broke: {error}"
+        finally:
+            del self._links[link.replica_id]
+            if link.streams:
+                logger.warning("%d requests fail: %s", len(link.streams), failure)
+                self._ledger.forget(link.replica_id)
+            for stream in tuple(link.streams.values()):
+                stream.fail("the replica that served this request is gone")
+
+    async def _read_stream(self, replica_id: str) -> None:
+        """Reads until the replica ends the stream, which it does when it has had no request of ours for a while."""
+        frames = self._frames_call.remote(Attach(self._gateway_id, replica_id))
+        try:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    frame = await anext(frames, None)
+                if frame is None:
+                    return
+                self._demultiplex(frame)
+        except BaseException:
+            frames.cancel()
+            raise
+
+    def _demultiplex(self, frame: Frame) -> None:
+        link = self._links.get(frame.replica_id)
+        for emission in frame.emissions:
+            stream = self._streams.get(emission.request_id)
+            if stream is None:
+                self._disown(emission, frame.replica_id)
+                continue
+            self._ledger.spend(stream.wire_id, stream.put(emission))
+            if stream.complete and link is not None:
+                link.remove(stream)
+        self._ledger.observe(frame.replica_id, frame.stats.num_outstanding_tokens)
+
+    def _disown(self, emission: Emission, replica_id: str) -> None:
+        """Stops a request that nobody waits for: an attempt that was given up although its replica had taken it."""
+        if emission.finish_reason is None and emission.request_id not in self._aborted:
+            self._abort(emission.request_id, replica_id)
+
+    async def _ask_card(self) -> ModelCard:
+        async def ask() -> ModelCard:
+            card: ModelCard = await self._card_call.remote()
+            return card
+
+        try:
+            return await self._call(ask(), CARD_TIMEOUT_S)
+        except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError) as error:
+            raise NotReady("the model is loading") from error
+
+    async def _call(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """Awaits a call that goes on by itself when its caller is cancelled."""
+
+        async def bounded() -> T:
+            async with asyncio.timeout(timeout_s):
+                return await call
+
+        return await asyncio.shield(self._spawn(bounded()))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        # In a context of its own: Serve cancels the calls that were made in the context of an HTTP request when that
+        # request ends, and a link serves many.
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+
+class _Link:
+    """The frame stream from one replica, and the token streams that live on it."""
+
+    def __init__(self, replica_id: str) -> None:
+        self.replica_id = replica_id
+        self.streams: dict[str, _TokenStream] = {}
+
+    def add(self, stream: "_TokenStream") -> None:
+        self.streams[stream.wire_id] = stream
+
+    def remove(self, stream: "_TokenStream") -> None:
+        self.streams.pop(stream.wire_id, None)
+
+
+class _TokenStream:
+    """The emissions of one attempt at a request, between the link that brings them and the client's generator."""
+
+    def __init__(self, wire_id: str, num_prompt_tokens: int, num_samples: int) -> None:
+        self.wire_id = wire_id
+        self.replica_id: str | None = None
+        self.closed = False
+        """Nobody reads this stream any more."""
+        self._unspent = num_prompt_tokens
+        self._open_samples = num_samples
+        self._waiting: deque[Emission] = deque()
+        self._failure: str | None = None
+        self._wake = asyncio.Event()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample's last emission has arrived."""
+        return self._open_samples == 0
+
+    @property
+    def broken(self) -> bool:
+        return self._failure is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to take."""
+        return self.complete and not self._waiting
+
+    def put(self, emission: Emission) -> int:
+        """Adds what arrived; returns how many tokens of work it shows to be done, the prompt's with the first."""
+        self._waiting.append(emission)
+        self._wake.set()
+        if emission.finish_reason is not None:
+            self._open_samples -= 1
+        done = len(emission.token_ids)
+        if done:
+            done, self._unspent = done + self._unspent, 0
+        return done
+
+    def fail(self, reason: str) -> None:
+        """Ends the stream after what has already arrived."""
+        if not self.complete:
+            self._failure = reason
+            self._wake.set()
+
+    async def take(self) -> list[Emission]:
+        """Everything that has arrived, after waiting for something. Raises GenerationFailed if no more will come."""
+        while not self._waiting:
+            if self._failure is not None:
+                raise GenerationFailed(self._failure)
+            self._wake.clear()
+            await self._wake.wait()
+        taken = list(self._waiting)
+        self._waiting.clear()
+        return taken

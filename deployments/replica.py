@@ -1,0 +1,157 @@
+"""One replica of the model, as Serve runs it: an engine in its thread, and the frames that leave it.
+
+Owns the life of the engine inside Serve: loading, health, metrics, the end. Knows no HTTP and no text.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.config import AppConfig
+from deployments.engine_thread import EngineLike, EngineStopped, EngineThread
+from deployments.links import FrameStreams
+from deployments.logs import configure_logging
+from deployments.messages import Abort, Accepted, Attach, Frame, ModelCard, Submit, Unavailable
+from deployments.metrics_push import MetricsPusher
+from engine.config import EngineConfig
+from engine.errors import InvalidRequest, ModelError
+from engine.sequence import Emission
+from engine.stats import EngineStats
+from monitoring.recorder import Delta, EngineMeter, Recorder
+
+logger = logging.getLogger(__name__)
+
+
+class ServedEngine(EngineLike, Protocol):
+    """What a replica asks of an engine beyond running it: the facts of the model card."""
+
+    @property
+    def model_path(self) -> Path | None: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
+EngineFactory = Callable[[EngineConfig], ServedEngine]
+
+
+def load_engine(config: EngineConfig) -> ServedEngine:
+    """Builds the real engine. torch is imported here, in the engine's thread, not by whoever imports this module."""
+    from engine.build import build_engine
+
+    return build_engine(config)
+
+
+class LLMReplica:
+    """Generates tokens for whichever gateways ask.
+
+    `submit` and `abort` are short unary calls; tokens leave through `frames`, one stream per gateway.
+    """
+
+    # Serve awaits the constructor of a deployment, which Python's typing does not know of.
+    async def __init__(  # type: ignore[misc]
+        self, config: AppConfig, hub: DeploymentHandle, engine_factory: EngineFactory
+    ) -> None:
+        """Loads the model. Raises ModelError, whose one line Serve shows as the reason why the deployment failed."""
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        configure_logging(f"replica {self._replica_id}")
+        self._loop = asyncio.get_running_loop()
+        self._engine = EngineThread(lambda: engine_factory(config.engine), self._deliver)
+        try:
+            engine = await asyncio.wrap_future(self._engine.start())
+        except ModelError as error:
+            raise ModelError(str(error)) from None
+        self._card = ModelCard(
+            name=config.model_name,
+            path=str(engine.model_path),
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.vocab_size,
+            eos_token_ids=tuple(engine.eos_token_ids),
+            created=int(time.time()),
+        )
+        self._stats = engine.stats()
+        self._streams = FrameStreams(self._replica_id, self._stats, self._engine.abort)
+        self._start_metrics(hub)
+
+    def _start_metrics(self, hub: DeploymentHandle) -> None:
+        recorder = Recorder()
+        meter = EngineMeter(recorder)
+        push = hub.options(method_name="push")
+
+        async def send(delta: Delta) -> None:
+            await push.remote(f"{self._replica_id}/{os.getpid()}", delta)
+
+        pusher = MetricsPusher(recorder, send, refresh=lambda: meter.update(self._stats))
+        self._metrics = self._loop.create_task(pusher.run())
+
+    async def card(self) -> ModelCard:
+        """What the gateways must know about the model."""
+        return self._card
+
+    async def submit(self, call: Submit) -> Accepted | InvalidRequest | Unavailable:
+        """Queues a request; its emissions go to the gateway's frame stream, and wait there if it is not attached yet.
+
+        A refusal is returned, not raised: it is an answer, and Serve would log it as a crash with its traceback.
+        """
+        request = call.request
+        self._streams.announce(call.gateway_id, request)
+        try:
+            await asyncio.wrap_future(self._engine.add(request))
+        except BaseException as error:
+            self._streams.forget([request.request_id])
+            self._engine.abort([request.request_id])
+            if isinstance(error, InvalidRequest):
+                return error
+            if isinstance(error, EngineStopped):
+                return Unavailable(self._replica_id)
+            raise
+        return Accepted(self._replica_id)
+
+    async def abort(self, call: Abort) -> None:
+        """Ends requests before the next iteration and sends nothing more for them."""
+        self._streams.forget(call.request_ids)
+        self._engine.abort(call.request_ids)
+
+    async def frames(self, call: Attach) -> AsyncGenerator[Frame, None]:
+        """Everything that this replica's iterations bring for one gateway."""
+        async for frame in self._streams.attach(call.gateway_id):
+            yield frame
+
+    async def check_health(self) -> None:
+        """Raises once the engine has failed, so that Serve replaces this replica."""
+        if self._engine.failure is not None:
+            raise EngineStopped(f"the engine failed: {self._engine.failure}")
+
+    def _deliver(self, emissions: Sequence[Emission], stats: EngineStats) -> None:
+        # On the engine's thread. One hand-over per iteration, however many requests it served. When the loop is
+        # closed there is nobody left to tell.
+        try:
+            self._loop.call_soon_threadsafe(self._publish, emissions, stats)
+        except RuntimeError:
+            logger.debug("The event loop is closed; the last iteration is dropped")
+
+    def _publish(self, emissions: Sequence[Emission], stats: EngineStats) -> None:
+        self._stats = stats
+        self._streams.publish(emissions, stats)
+
+    async def __del__(self) -> None:
+        # Serve awaits this at the end of a graceful shutdown.
+        metrics = getattr(self, "_metrics", None)
+        if metrics is not None:
+            metrics.cancel()
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            await asyncio.to_thread(engine.close)

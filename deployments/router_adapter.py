@@ -1,0 +1,46 @@
+"""Fits the token router to Ray Serve's request router. Owns no decision: those are `deployments.router`'s.
+
+Serve pickles this module by value into every process that holds a handle, so nothing may compare a class of this
+module by identity; what it shares with the rest lives in `deployments.router` and `deployments.messages`.
+"""
+
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from deployments.messages import Abort, Attach, Submit
+from deployments.router import Ledger, ReplicaGone
+
+
+class TokenRequestRouter(RequestRouter):
+    """Ranks replicas for a `Submit`; sends an `Attach` or `Abort` to the replica it names and to no other.
+
+    It takes none of Serve's mixins: FIFO hands a chosen replica to whichever call waits longest, which would send
+    pinned calls astray. The base class gives each call the replica that was chosen for it.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        call = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        match call:
+            case Attach() | Abort():
+                assert pending_request is not None
+                return self._pinned(call.replica_id, replicas, pending_request)
+            case Submit(outstanding=Ledger() as ledger):
+                ranked = ledger.place(call.request.request_id, call.cost, list(replicas))
+                return [[replicas[replica_id]] for replica_id in ranked]
+            case _:
+                return [candidate_replicas]
+
+    def _pinned(
+        self, replica_id: str, replicas: dict[str, RunningReplica], pending_request: PendingRequest
+    ) -> list[list[RunningReplica]]:
+        if replica_id in replicas:
+            return [[replicas[replica_id]]]
+        # An exception raised here would be logged and lost, and an empty answer is retried for ever. So the call is
+        # failed by its own future; the candidates that are returned only end the router's loop, which looks at the
+        # future before it uses them.
+        if not pending_request.future.done():
+            pending_request.future.set_exception(ReplicaGone(f"replica {replica_id} is gone"))
+            self._remove_pending_request_from_indices(pending_request)
+        return [list(replicas.values())]

@@ -1,0 +1,187 @@
+"""The application in Ray, over HTTP: two replicas with engines that generate known letters at a known pace."""
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from os import kill
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from deployments.private_ray import free_ports
+from deployments.text import TextModel
+from engine.sampling_params import SamplingParams
+from engine.sequence import Request
+from tests.deployments.app.processes import below
+from tests.deployments.fakes import CRASH_PROMPT, token_at, write_fake_model
+
+START_S = 120.0
+ROOT = Path(__file__).parents[3]
+
+
+class Application:
+    """The running application and what its answers must be."""
+
+    def __init__(self, url: str, pid: int, text: TextModel) -> None:
+        self.url = url
+        self.pid = pid
+        self._text = text
+
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def expected(self, prompt: str, max_tokens: int, sample: int = 0) -> str:
+        """The text that the fake engine generates for a prompt."""
+        request = Request("", tuple(self._text.encode(prompt)), SamplingParams())
+        return self._text.decode([token_at(request, sample, index) for index in range(max_tokens)])
+
+    def replicas(self) -> list[int]:
+        """Process ids of the model's replicas."""
+        return [pid for pid, command in below(self.pid).items() if ":LLMReplica" in command]
+
+    def metric(self, name: str) -> list[float]:
+        """The values of all series of a metric."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return [float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}(\{{|\s)", line)]
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not await asyncio.to_thread(condition):
+            assert time.monotonic() < deadline, "it did not come true in time"
+            await asyncio.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
+    model = tmp_path_factory.mktemp("model")
+    write_fake_model(model)
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "tests.deployments.app.server", str(model), str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            assert any(line == "ready\n" for line in process.stdout), "the application did not start"
+            yield Application(f"http://127.0.0.1:{port}", process.pid, TextModel.load(model))
+        finally:
+            process.stdin.close()  # type: ignore[union-attr]
+            process.wait(60)
+
+
+def scenario(run: Callable[[Application], Awaitable[None]]) -> Callable[[Application], None]:
+    """Makes a test of a coroutine."""
+
+    def test(application: Application) -> None:
+        asyncio.run(asyncio.wait_for(run(application), START_S))
+
+    test.__doc__ = run.__doc__
+    return test
+
+
+async def stream_text(stream: AsyncIterator[openai.types.Completion]) -> str:
+    return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+
+
+@scenario
+async def test_stream_brings_every_token_in_order_and_the_usage(application: Application) -> None:
+    stream = await application.client().completions.create(
+        model="fake", prompt="hello", max_tokens=50, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == application.expected("hello", 50)
+    usage = chunks[-1].usage
+    assert usage is not None and (usage.prompt_tokens, usage.completion_tokens) == (5, 50)
+
+
+@scenario
+async def test_chat_with_several_samples(application: Application) -> None:
+    answer = await application.client().chat.completions.create(
+        model="fake", messages=[{"role": "user", "content": "hello"}], max_tokens=20, n=3
+    )
+    assert [choice.message.content for choice in answer.choices] == [
+        application.expected("hello", 20, sample) for sample in range(3)
+    ]
+
+
+@scenario
+async def test_32_streams_at_once_are_right_and_shared_between_the_replicas(application: Application) -> None:
+    client = application.client()
+
+    async def one(prompt: str) -> str:
+        stream = await client.completions.create(model="fake", prompt=prompt, max_tokens=600, stream=True)
+        return await stream_text(stream)
+
+    prompts = [f"prompt {chr(97 + index % 26)}{index:02}" for index in range(32)]
+    answers = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
+    await application.until(lambda: sum(application.metric("manta:num_requests_running")) == 32)
+    running = application.metric("manta:num_requests_running")
+    assert len(running) == 2
+    assert all(abs(count - 16) <= 2 for count in running), running
+    for prompt, answer in zip(prompts, await asyncio.gather(*answers), strict=True):
+        assert answer == application.expected(prompt, 600)
+
+
+@scenario
+async def test_disconnected_client_leaves_nothing_running(application: Application) -> None:
+    await application.until(lambda: sum(application.metric("manta:num_requests_running")) == 0)
+    generated = sum(application.metric("manta:generation_tokens_total"))
+    stream = await application.client().completions.create(model="fake", prompt="hello", max_tokens=9000, stream=True)
+    await anext(aiter(stream))
+    await application.until(lambda: sum(application.metric("manta:num_requests_running")) == 1)
+    await stream.close()
+    await application.until(lambda: sum(application.metric("manta:num_requests_running")) == 0, 5.0)
+    assert sum(application.metric("manta:generation_tokens_total")) - generated < 3000
+
+
+@scenario
+async def test_errors_are_those_of_the_api(application: Application) -> None:
+    client = application.client()
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        await client.completions.create(model="other", prompt="hello")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        await client.completions.create(model="fake", prompt="hello", temperature=-1)
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.completions.create(model="fake", prompt="hello" * 3000)
+    assert refused.value.code == "context_length_exceeded"
+
+
+@scenario
+async def test_killed_replica_ends_its_streams_with_an_error_and_no_others(application: Application) -> None:
+    client = application.client()
+
+    async def one(prompt: str) -> str:
+        stream = await client.completions.create(model="fake", prompt=prompt, max_tokens=400, stream=True)
+        return await stream_text(stream)
+
+    prompts = [f"prompt {letter}" for letter in "abcdefgh"]
+    answers = [asyncio.ensure_future(one(prompt)) for prompt in prompts]
+    await asyncio.sleep(0.5)
+    kill(application.replicas()[0], signal.SIGKILL)
+    failed = 0
+    for prompt, answer in zip(prompts, await asyncio.gather(*answers, return_exceptions=True), strict=True):
+        if isinstance(answer, BaseException):
+            # The SDK raises APIError for an error event; a stream that is merely cut is an httpx error or no error.
+            assert type(answer) is openai.APIError, repr(answer)
+            assert "replica" in str(answer)
+            failed += 1
+        else:
+            assert answer == application.expected(prompt, 400)
+    assert 0 < failed < len(prompts)
+    assert await one("afterwards") == application.expected("afterwards", 400)
+    await application.until(lambda: len(application.replicas()) == 2, 60.0)
+
+
+@scenario
+async def test_failed_iteration_ends_its_requests_and_the_replica_is_replaced(application: Application) -> None:
+    before = set(application.replicas())
+    with pytest.raises(openai.InternalServerError, match="the engine failed"):
+        await application.client().completions.create(model="fake", prompt=list(CRASH_PROMPT), max_tokens=5)
+    for _ in range(5):
+        answer = await application.client().completions.create(model="fake", prompt="hello", max_tokens=5)
+        assert answer.choices[0].text == application.expected("hello", 5)
+    await application.until(lambda: len(set(application.replicas()) - before) == 1, 60.0)

@@ -1,0 +1,199 @@
+"""`manta serve` as a user runs it: a real model on a private Ray, Ctrl-C, and everything that can be wrong at start."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from os import killpg
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deployments.private_ray import free_ports
+from tests.deployments.app.processes import below
+from tests.deployments.fakes import write_fake_model
+
+COMMAND = [sys.executable, "-m", "deployments.cli.main", "serve"]
+ROOT = Path(__file__).parents[3]
+START_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with random weights that has never learnt to stop."""
+    directory = tmp_path_factory.mktemp("models") / "random-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    write_fake_model(directory)
+    return directory
+
+
+class Server:
+    """A running `manta serve`, in a process group of its own as a shell would start it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.output: list[str] = []
+
+    def wait_for(self, text: str) -> None:
+        """Reads what it prints until a line has `text`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+            if text in line:
+                return
+        raise AssertionError("".join(self.output))
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does: the whole foreground group gets the signal."""
+        killpg(self.process.pid, signal.SIGINT)
+
+    def finish(self) -> int:
+        assert self.process.stdout is not None
+        self.output.extend(self.process.stdout)
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[tuple[Server, str]]:
+    (port,) = free_ports(1)
+    running = Server(str(model), "--port", str(port), "--max-model-len", "256")
+    try:
+        yield running, f"http://127.0.0.1:{port}"
+    finally:
+        if running.process.poll() is None:
+            running.process.terminate()
+            running.process.wait(60)
+
+
+def test_serves_a_model_and_leaves_nothing_behind(server: tuple[Server, str], model: Path) -> None:
+    running, url = server
+    running.wait_for("curl")
+    running.wait_for("-d")
+    printed = "".join(running.output)
+    assert url in printed
+    assert re.search(r"KV .* pages", printed), "the resolved KV memory is printed"
+
+    # The printed command is meant to be pasted.
+    command = printed[printed.index("curl") :].replace("\\\n", " ")
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True).stdout
+    events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[0])["choices"][0]["delta"]["role"] == "assistant"
+
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert client.models.list().data[0].id == model.name
+    texts = {
+        client.completions.create(model=model.name, prompt="hello", max_tokens=20, temperature=0).choices[0].text
+        for _ in range(2)
+    }
+    assert len(texts) == 1
+
+    started = below(running.process.pid)
+    directories = {part for part in " ".join(started.values()).split("/") if part.startswith("manta-")}
+    assert any("haproxy" in command for command in started.values())
+    running.interrupt()
+    assert running.finish() == 0, "".join(running.output)
+    time.sleep(0.2)
+    assert [command for pid, command in started.items() if _command_of(pid) == command] == []
+    assert directories and not any(list(Path("/tmp").glob(name)) for name in directories)
+
+
+def test_interrupted_while_starting_leaves_nothing_behind(server: tuple[Server, str]) -> None:
+    running, _ = server
+    running.wait_for("Starting")
+    deadline = time.monotonic() + START_S
+    while not any("raylet" in command for command in below(running.process.pid).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started = below(running.process.pid)
+    running.interrupt()
+    assert running.finish() == 130, "".join(running.output)
+    assert [command for pid, command in started.items() if _command_of(pid) == command] == []
+
+
+def test_missing_tensor_is_one_line_and_exit_code_2(model: Path, tmp_path: Path) -> None:
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (port,) = free_ports(1)
+    code, error = _fails(str(tmp_path), "--port", str(port))
+    assert code == 2
+    assert "model.safetensors: tensor 'model.layers.1.mlp.up_proj.weight' is missing" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["/nowhere/at/all"], "no such directory"),
+        (["--replicas", "0"], "replicas"),
+        (["--dtype", "int3"], "engine.dtype"),
+        (["--kv-memory", "lots"], "engine.kv.memory"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_bad_argument_is_one_line_and_exit_code_2(arguments: list[str], reason: str) -> None:
+    code, error = _fails(*arguments)
+    assert code == 2
+    assert reason in error
+    assert len(error.splitlines()) == 1
+
+
+def test_port_in_use_is_said_so(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, error = _fails(str(model), "--port", str(port))
+    assert code == 2
+    assert f"127.0.0.1:{port}" in error and "in use" in error
+
+
+def test_config_file_may_be_that_of_serve_deploy(tmp_path: Path) -> None:
+    from deployments.cli.serve import configure
+
+    config = configure(ROOT / "examples" / "serve.yaml", {"replicas": 3, "engine.kv.memory": "2GiB"})
+    assert config.engine.model == "manta-tiny"
+    assert (config.replicas, config.engine.kv.memory) == (3, 2 * 2**30)
+
+
+def _fails(*arguments: str) -> tuple[int, str]:
+    """Exit code and standard error of a `manta serve` that cannot start."""
+    done = subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=START_S)
+    return done.returncode, done.stderr
+
+
+def _command_of(pid: int) -> str | None:
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_text().replace("\0", " ").strip()
+    except OSError:
+        return None

@@ -1,0 +1,58 @@
+"""How an application's configuration is fitted to the machines it runs on."""
+
+import pytest
+
+from deployments.app import cpu_share, share_machine
+from deployments.serve_settings import FAST_PATH, missing_settings
+from engine.config import EngineConfig, KVConfig
+
+
+@pytest.mark.parametrize(
+    ("cpus", "replicas", "share"),
+    [
+        ([2], 1, 2.0),
+        ([2], 2, 1.0),
+        ([8], 3, 2.0),
+        ([8, 8], 2, 8.0),
+        ([8, 8], 3, 4.0),
+        ([8, 4], 2, 4.0),
+        ([16, 2], 3, 5.0),
+        ([], 4, 1.0),
+    ],
+)
+def test_replicas_get_the_most_whole_cpus_that_let_all_of_them_fit(
+    cpus: list[float], replicas: int, share: float
+) -> None:
+    assert cpu_share(cpus, replicas) == share
+
+
+@pytest.mark.parametrize(("cpus", "replicas"), [([2], 3), ([2], 7), ([1], 2), ([2, 2], 5), ([4, 1], 16)])
+def test_more_replicas_than_cpus_share_them_and_all_fit(cpus: list[float], replicas: int) -> None:
+    share = cpu_share(cpus, replicas)
+    assert 0 < share < 1
+    assert sum(int(node / share + 1e-9) for node in cpus) >= replicas
+
+
+def test_threads_follow_the_cpus_and_memory_is_divided_between_neighbours() -> None:
+    engine = share_machine(EngineConfig(kv=KVConfig(memory_share=0.6)), cpus=4.0, neighbours=2)
+    assert engine.threads == 4
+    assert engine.kv.memory_share == pytest.approx(0.3)
+
+
+def test_fraction_of_a_cpu_is_still_one_thread() -> None:
+    assert share_machine(EngineConfig(), cpus=0.5, neighbours=4).threads == 1
+
+
+def test_chosen_threads_stay() -> None:
+    assert share_machine(EngineConfig(threads=3), cpus=8.0, neighbours=1).threads == 3
+
+
+def test_nothing_is_missing_with_all_settings() -> None:
+    assert missing_settings(FAST_PATH) == ""
+
+
+def test_missing_settings_are_named_in_one_line() -> None:
+    line = missing_settings({"RAY_SERVE_ENABLE_HA_PROXY": "1"})
+    assert "RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in line
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in line
+    assert "\n" not in line

@@ -1,0 +1,31 @@
+"""Ending every process below this one; run in a child, which then has no processes but its own."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCRIPT = """
+import signal, subprocess, sys, time
+from deployments.processes import adopt_orphans, descendants, end_descendants
+
+adopt_orphans()
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
+subprocess.Popen(["sleep", "60"])
+subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE).stdout.readline()
+# A process whose parent has ended, in a session of its own: what a daemon does.
+subprocess.run(["sh", "-c", "setsid sleep 60 & true"], check=True)
+time.sleep(0.2)
+found = descendants()
+end_descendants(grace_s=0.5)
+print(len(found), len(descendants()), *found)
+"""
+
+
+def test_orphans_and_processes_that_ignore_sigterm_end_too() -> None:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=True)
+    found, left, *pids = map(int, done.stdout.split())
+    assert (found, left) == (3, 0)
+    assert not any((Path("/proc") / str(pid)).exists() for pid in pids)
+    assert time.monotonic() - began < 20
