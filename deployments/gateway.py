@@ -41,7 +41,10 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an ingress whose application exists only once its deployment does."""
-        return build_http(self._backend, self._config.gateway, self._recorder, installed_version())
+        # Serve answers with the request's id by itself.
+        return build_http(
+            self._backend, self._config.gateway, self._recorder, installed_version(), echo_request_id=False
+        )
 
     async def _send(self, delta: Delta) -> None:
         await self._push.remote(self._gateway_id, delta)

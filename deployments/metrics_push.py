@@ -22,17 +22,9 @@ MAX_UNSENT = 600
 class MetricsPusher:
     """Drains a recorder into the hub."""
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        send: Callable[[Delta], Awaitable[None]],
-        *,
-        refresh: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`refresh` brings the recorder up to date before it is drained."""
+    def __init__(self, recorder: Recorder, send: Callable[[Delta], Awaitable[None]]) -> None:
         self._recorder = recorder
         self._send = send
-        self._refresh = refresh
         self._unsent: deque[Delta] = deque(maxlen=MAX_UNSENT)
         self._gauges: object = None
         self._sending = asyncio.Lock()
@@ -46,7 +38,6 @@ class MetricsPusher:
 
     async def push(self, *, even_unchanged: bool = False) -> bool:
         """Sends what is new, and what could not be sent before; returns whether there was anything."""
-        self._refresh()
         delta = self._recorder.drain()
         if even_unchanged or not delta.empty or delta.gauges != self._gauges:
             self._gauges = delta.gauges

@@ -82,19 +82,19 @@ class LLMReplica:
             eos_token_ids=tuple(engine.eos_token_ids),
             created=int(time.time()),
         )
-        self._stats = engine.stats()
-        self._streams = FrameStreams(self._replica_id, self._stats, self._engine.abort)
-        self._start_metrics(hub)
-
-    def _start_metrics(self, hub: DeploymentHandle) -> None:
+        self._streams = FrameStreams(self._replica_id, engine.stats(), self._engine.abort)
         recorder = Recorder()
-        meter = EngineMeter(recorder)
+        self._meter = EngineMeter(recorder)
+        self._meter.update(engine.stats())
+        self._start_pushing(recorder, hub)
+
+    def _start_pushing(self, recorder: Recorder, hub: DeploymentHandle) -> None:
         push = hub.options(method_name="push")
 
         async def send(delta: Delta) -> None:
             await push.remote(f"{self._replica_id}/{os.getpid()}", delta)
 
-        pusher = MetricsPusher(recorder, send, refresh=lambda: meter.update(self._stats))
+        pusher = MetricsPusher(recorder, send)
         self._metrics = self._loop.create_task(pusher.run())
 
     async def card(self) -> ModelCard:
@@ -144,7 +144,7 @@ class LLMReplica:
             logger.debug("The event loop is closed; the last iteration is dropped")
 
     def _publish(self, emissions: Sequence[Emission], stats: EngineStats) -> None:
-        self._stats = stats
+        self._meter.update(stats)
         self._streams.publish(emissions, stats)
 
     async def __del__(self) -> None:

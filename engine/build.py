@@ -18,7 +18,8 @@ from engine.kv.sizing import KVPlan, plan_kv
 from engine.limits import Limits
 from engine.memory import available_bytes
 from engine.models.decoder import Decoder
-from engine.models.loader import load_eos_token_ids, load_model
+from engine.models.directory import load_eos_token_ids
+from engine.models.loader import load_model
 from engine.models.source import resolve_model
 from engine.runner import Runner
 from engine.sampler import Sampler

@@ -55,6 +55,8 @@ class Scheduler:
         self._sequences: dict[str, list[Sequence]] = {}
         self._in_flight: deque[tuple[Batch, list[Chunk]]] = deque()
         self._step = 0
+        self._steps_back = 0
+        self._last_step_tokens = 0
         self._outstanding = 0
         self._reserved = 0
         self._preemptions = 0
@@ -71,7 +73,8 @@ class Scheduler:
             preemptions_total=self._preemptions,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
-            steps_total=self._step,
+            steps_total=self._steps_back,
+            last_step_tokens=self._last_step_tokens,
         )
 
     # -- what comes in -----------------------------------------------------------------------------------------------
@@ -124,6 +127,8 @@ class Scheduler:
         """Books what the oldest planned batch brought back; finished sequences free their pages here."""
         batch, chunks = self._in_flight.popleft()
         assert batch.step == output.step, f"step {output.step} came back, {batch.step} was expected"
+        self._steps_back += 1
+        self._last_step_tokens = batch.num_tokens
         prompt_logprobs = dict(zip((p.row for p in batch.prompt_logprobs), output.prompt_logprobs, strict=True))
         drawn = {sample.row: index for index, sample in enumerate(batch.samples)}
         emissions = []

@@ -20,6 +20,9 @@ class EngineStats:
     """Prompt tokens of admitted sequences, each counted once however often it is recomputed."""
     generation_tokens_total: int
     steps_total: int
+    """Iterations that came back."""
+    last_step_tokens: int = 0
+    """Tokens of the latest of them, prompt chunks and decodes together."""
 
     @property
     def kv_usage(self) -> float:

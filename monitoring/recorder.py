@@ -92,8 +92,10 @@ class EngineMeter:
         self._last = EngineStats(0, 0, 1, 1, 0, 0, 0, 0, 0)
 
     def update(self, stats: EngineStats) -> None:
-        """Records what changed since the previous snapshot."""
+        """Records what changed since the previous snapshot; called after every iteration, so that none is missed."""
         last, record = self._last, self._recorder
+        if stats.steps_total != last.steps_total:
+            record.observe("manta:iteration_tokens_total", stats.last_step_tokens)
         record.set("manta:num_requests_running", stats.num_running)
         record.set("manta:num_requests_waiting", stats.num_waiting)
         record.set("manta:kv_cache_usage_perc", stats.kv_usage)

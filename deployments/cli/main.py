@@ -7,15 +7,13 @@ import sys
 import traceback
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from deployments.cli.errors import CommandError, ExitCode, one_line
-
-DISTRIBUTION = "manta-serve"
+from deployments.version import installed_version
 
 # Name -> (module, function, what `manta --help` says).
 COMMANDS = {
@@ -67,14 +65,6 @@ def load_command(name: str) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(name)(getattr(import_module(module), function))
     return typer.main.get_command(app)
-
-
-def installed_version() -> str:
-    """Version of the installed distribution, or "unknown" when the tree is run without being installed."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def print_version() -> None:

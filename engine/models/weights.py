@@ -7,15 +7,15 @@ knowledge (`Piece`); what the parameters are called and how large they are is th
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import ModelError
+from engine.models.pieces import Piece, Run
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -25,32 +25,6 @@ _BUFFER_SUFFIXES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.
 """Constants that old checkpoints saved among the weights: rotary frequencies and causal masks."""
 
 logger = logging.getLogger(__name__)
-
-
-class Run(NamedTuple):
-    """Consecutive rows of a source tensor and where they go."""
-
-    source: int
-    target: int
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One checkpoint tensor and the rows it fills in one parameter."""
-
-    target: str
-    source: str
-    shape: tuple[int, ...]
-    """The shape that the checkpoint's tensor must have."""
-    runs: tuple[Run, ...]
-    transposed: bool = False
-    """The checkpoint stores [in, out]: its rows are the parameter's columns."""
-
-    @staticmethod
-    def whole(target: str, source: str, shape: tuple[int, ...], *, at: int = 0, transposed: bool = False) -> "Piece":
-        """All rows in order, from row `at` of the parameter on."""
-        return Piece(target, source, shape, (Run(0, at, shape[0]),), transposed)
 
 
 class Checkpoint:

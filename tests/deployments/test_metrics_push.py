@@ -50,12 +50,6 @@ def test_changed_gauge_is_news() -> None:
     assert [delta.gauges[GAUGE, ()] for delta in hub.taken] == [1, 2]
 
 
-def test_recorder_is_refreshed_before_it_is_drained() -> None:
-    hub, recorder = Hub(), Recorder()
-    asyncio.run(MetricsPusher(recorder, hub.push, refresh=lambda: recorder.increment(COUNTER, 7)).push())
-    assert hub.total == 7
-
-
 def test_counts_wait_for_a_hub_that_is_away() -> None:
     hub, recorder = Hub(), Recorder()
     pusher = MetricsPusher(recorder, hub.push)

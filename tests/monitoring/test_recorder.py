@@ -83,3 +83,12 @@ def test_buckets_ascend_and_only_histograms_have_them():
     for metric in CATALOGUE.values():
         assert list(metric.buckets) == sorted(set(metric.buckets)), metric.name
         assert bool(metric.buckets) == (metric.kind.value == "histogram"), metric.name
+
+
+def test_the_engine_meter_observes_each_iteration_once():
+    recorder = Recorder()
+    meter = EngineMeter(recorder)
+    for steps, tokens in ((1, 100), (2, 3), (2, 3), (3, 3)):  # a delivery without an iteration repeats the numbers
+        meter.update(stats(steps_total=steps, last_step_tokens=tokens))
+    histogram = recorder.drain().histograms["manta:iteration_tokens_total", ()]
+    assert (sum(histogram.counts), histogram.total) == (3, 106)

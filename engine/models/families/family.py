@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.models.pieces import Piece
 from engine.models.spec import Activation, ModelSpec
-from engine.models.weights import Piece
 
 Config = Mapping[str, Any]
 """A config as `AutoConfig.to_dict()` gives it, defaults filled in."""

@@ -12,8 +12,8 @@ from engine.models.families.family import (
     prefix_of,
 )
 from engine.models.families.rope_config import max_position, rope_spec
+from engine.models.pieces import Piece, Run
 from engine.models.spec import ModelSpec
-from engine.models.weights import Piece, Run
 
 _DEFAULT_ROTARY_SHARE = 0.25
 

@@ -14,8 +14,8 @@ from engine.models.families.family import (
     prefix_of,
 )
 from engine.models.families.rope_config import max_position, rope_spec
+from engine.models.pieces import Piece
 from engine.models.spec import ModelSpec
-from engine.models.weights import Piece
 
 
 def llama_like_spec(config: Config, windows: Sequence[int | None] = ()) -> ModelSpec:

@@ -13,8 +13,8 @@ from engine.models.families.family import (
     prefix_of,
     require,
 )
+from engine.models.pieces import Piece
 from engine.models.spec import LearnedPositions, ModelSpec
-from engine.models.weights import Piece
 
 _POSITION_OFFSET = 2
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelError
 from engine.models.decoder import Decoder
+from engine.models.directory import load_eos_token_ids
 from engine.models.families import family_of
-from engine.models.loader import load_eos_token_ids, load_model, load_spec
+from engine.models.loader import load_model, load_spec
 from engine.models.source import resolve_model
 from tests.engine.models.harness import CONFIGS, Driver, make_model, random_tokens
 

@@ -1,0 +1,53 @@
+"""What a model directory says about itself, read within milliseconds: imports neither torch nor transformers.
+
+Owns config.json and generation_config.json. Whatever is wrong with them is a `ModelError` of one line naming the file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError
+from engine.models.families import Family, family_of, supported_architectures
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+def find_family(path: Path) -> Family:
+    """The family of the directory's architecture. Raises ModelError, naming those that are supported."""
+    file = path / CONFIG
+    raw = read_json(file)
+    architectures = raw.get("architectures") or [raw.get("model_type")]
+    family = family_of(str(architectures[0]))
+    if family is None:
+        supported = ", ".join(supported_architectures())
+        raise ModelError(f"{file}: architecture {architectures[0]!r} is not supported; supported are {supported}")
+    if raw.get("quantization_config") is not None:
+        raise ModelError(f"{file}: quantized checkpoints (quantization_config) are not supported; use the original")
+    return family
+
+
+def load_eos_token_ids(path: Path) -> tuple[int, ...]:
+    """The end-of-sequence tokens of generation_config.json, or of config.json where that does not say."""
+    generation = path / GENERATION_CONFIG
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+    if eos is None:
+        eos = read_json(path / CONFIG).get("eos_token_id")
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    if not file.parent.is_dir():
+        raise ModelError(f"{file.parent}: no such directory")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file}: missing; a model directory holds config.json and safetensors weights") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
