@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import processes
+from benchmarks.idle import cpu_shares
+
+
+def test_a_tree_holds_children_of_children_and_nothing_else() -> None:
+    grandparent = subprocess.Popen(["sh", "-c", "sh -c 'sleep 30; true' & wait"])
+    try:
+        deadline = time.monotonic() + 10
+        while len(found := processes.tree(grandparent.pid)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert sorted(entry.name for entry in found) == ["sh", "sh", "sleep"]
+        assert os.getpid() not in {entry.pid for entry in found}
+    finally:
+        for entry in processes.tree(grandparent.pid):
+            os.kill(entry.pid, 9)
+        grandparent.wait()
+    with pytest.raises(ProcessLookupError):
+        processes.tree(grandparent.pid)
+
+
+def test_cpu_shares_tell_the_busy_from_the_idle() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        time.sleep(0.5)
+        [(entry, busy_share)] = cpu_shares(busy.pid, 0.6)
+        [(_, idle_share)] = cpu_shares(idle.pid, 0.3)
+        # The machine may be busy with other things, so only the order is certain.
+        assert entry.pid == busy.pid
+        assert busy_share > 0.1 > idle_share
+    finally:
+        for process in (busy, idle):
+            process.kill()
+            process.wait()
+
+
+def test_peak_memory_starts_again() -> None:
+    ballast = bytearray(64 * 2**20)
+    ballast[:] = b"x" * len(ballast)
+    del ballast
+    processes.reset_peak_memory()
+    now, peak = processes.memory()
+    assert peak - now < 32 * 2**20
+    more = b"x" * (64 * 2**20)
+    _, higher = processes.memory()
+    assert higher - peak > 48 * 2**20
+    del more
