@@ -19,8 +19,10 @@ from engine.models.pieces import Piece, Run
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_REOPEN_BYTES = 64 * 2**20
-_SLICE_BYTES = 8 * 2**20
+_MAPPED_SHARE = 20
+"""A file is mapped anew after this fraction, 1 / _MAPPED_SHARE, of all bytes; within the two bounds that follow."""
+_MIN_MAPPED_BYTES, _MAX_MAPPED_BYTES = 4 * 2**20, 64 * 2**20
+_SLICE_BYTES = 4 * 2**20
 _BUFFER_SUFFIXES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 """Constants that old checkpoints saved among the weights: rotary frequencies and causal masks."""
 
@@ -38,6 +40,8 @@ class Checkpoint:
         self._handle: Any = None
         self._open_file: Path | None = None
         self._bytes_read = 0
+        total = sum(file.stat().st_size for file in set(self._files.values()))
+        self._mapped_bytes = min(max(total // _MAPPED_SHARE, _MIN_MAPPED_BYTES), _MAX_MAPPED_BYTES)
 
     @property
     def names(self) -> frozenset[str]:
@@ -66,7 +70,7 @@ class Checkpoint:
             self._bytes_read += rows.numel() * rows.element_size()
             yield start, rows
             del rows
-            if self._bytes_read >= _REOPEN_BYTES:
+            if self._bytes_read >= self._mapped_bytes:
                 self.close()
 
     def close(self) -> None:

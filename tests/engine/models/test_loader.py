@@ -278,7 +278,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from engine.models.loader import load_model
+from engine.models.loader import load_model, load_spec
+load_spec(Path(sys.argv[1]))  # Imports what is imported late; it does not grow with the model.
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 before = kib("VmRSS")
@@ -294,9 +295,9 @@ def test_loading_peaks_a_little_above_the_weights(tmp_path: Path) -> None:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
+        "vocab_size": 8000,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
         "num_hidden_layers": 6,
         "num_attention_heads": 16,
     }
@@ -308,6 +309,5 @@ def test_loading_peaks_a_little_above_the_weights(tmp_path: Path) -> None:
     del tensors
     done = subprocess.run([sys.executable, "-c", _MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     peak, weights = map(int, done.stdout.split())
-    fixed_costs = 64 * 2**20  # Libraries that load on first use; they do not grow with the model.
-    assert weights > 800 * 2**20
-    assert peak <= 1.2 * weights + fixed_costs
+    assert weights > 200 * 2**20
+    assert peak <= 1.2 * weights
