@@ -92,7 +92,8 @@ class EngineThread(Generic[E]):
     def add(self, request: Request) -> Future[None]:
         """Resolves once the engine has queued the request, at the latest after the running iteration.
 
-        Fails with InvalidRequest, or EngineStopped if there is no engine any more.
+        Fails with InvalidRequest, with EngineStopped if there is no engine any more, and with RuntimeError if it was
+        this request that made it fail.
         """
         done: Future[None] = Future()
         self._command(_Add(request, done))
@@ -169,7 +170,8 @@ class EngineThread(Generic[E]):
                 except InvalidRequest as error:
                     done.set_exception(error)
                 except Exception:
-                    done.set_exception(EngineStopped("the engine failed on this request"))
+                    # Not EngineStopped: sent to another replica, this request would end that one too.
+                    done.set_exception(RuntimeError("the engine failed on this request"))
                     raise
                 else:
                     self._open_samples[request.request_id] = set(range(request.params.n))

@@ -27,7 +27,6 @@ from engine.sequence import Emission, Request
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-SUBMIT_ATTEMPTS = 4
 RETRY_AFTER_S = 0.1
 SUBMIT_TIMEOUT_S = 30.0
 """How long a request may look for a replica. An engine answers between two iterations, so this is not a busy replica
@@ -94,28 +93,37 @@ class RayBackend:
     async def _submit(self, request: Request) -> "_TokenStream":
         """The stream of the replica that took the request; looks for another one when a replica is gone."""
         cost = len(request.prompt_token_ids) + await self._output_tokens(request)
-        for _ in range(SUBMIT_ATTEMPTS):
-            stream = self._open(request)
-            try:
-                answer = await self._call(self._submit_to_any(stream, request, cost), SUBMIT_TIMEOUT_S)
-            except BaseException as error:
-                self._close(stream)
-                if isinstance(error, RayActorError):
+        try:
+            async with asyncio.timeout(SUBMIT_TIMEOUT_S):
+                while True:
+                    stream = await self._attempt(request, cost)
+                    if stream is not None:
+                        return stream
+                    # Serve replaces a replica within seconds: better to wait for it than to send the client away.
                     await asyncio.sleep(RETRY_AFTER_S)
-                    continue
-                if isinstance(error, (TimeoutError, BackPressureError, DeploymentUnavailableError)):
-                    raise NotReady("no replica took the request") from error
-                raise
-            match answer:
-                case Accepted():
-                    return stream
-                case Unavailable(replica_id):
-                    self._close(stream)
-                    self._ledger.avoid(replica_id)
-                case InvalidRequest():
-                    self._close(stream)
-                    raise answer
-        raise NotReady("every replica that was tried went away")
+        except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
+            raise NotReady("no replica took the request") from error
+
+    async def _attempt(self, request: Request, cost: int) -> "_TokenStream | None":
+        """Sends the request to one replica; None if that one turned out to be gone. Raises InvalidRequest."""
+        stream = self._open(request)
+        try:
+            answer = await self._call(self._submit_to_any(stream, request, cost), SUBMIT_TIMEOUT_S)
+        except BaseException as error:
+            self._close(stream)
+            if isinstance(error, RayActorError):
+                return None
+            raise
+        match answer:
+            case Accepted():
+                return stream
+            case Unavailable(replica_id):
+                self._close(stream)
+                self._ledger.avoid(replica_id)
+                return None
+            case InvalidRequest():
+                self._close(stream)
+                raise answer
 
     async def _output_tokens(self, request: Request) -> int:
         if request.params.max_tokens is not None:

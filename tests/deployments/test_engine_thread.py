@@ -140,6 +140,18 @@ def test_engine_that_failed_takes_nothing_more(harness: Harness) -> None:
     harness.thread.abort(["late"])
 
 
+def test_request_that_the_engine_cannot_even_queue_is_not_sent_elsewhere(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(request: Request) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(harness.engine, "add", fail)
+    with pytest.raises(RuntimeError, match="failed on this request"):
+        harness.thread.add(request("culprit")).result(WAIT_S)
+    harness.wait_until(lambda: harness.thread.failure is not None)
+
+
 def test_reason_why_an_engine_cannot_be_built_reaches_the_caller() -> None:
     def build() -> FakeEngine:
         raise ModelError("config.json: missing")
