@@ -63,92 +63,91 @@ class Metric:
         return self.initial if self.labels else ((),)
 
 
-def _metrics() -> tuple[Metric, ...]:
-    counter, gauge, histogram = Kind.COUNTER, Kind.GAUGE, Kind.HISTOGRAM
-    replica, gateway = Owner.REPLICA, Owner.GATEWAY
-    counts, token_latency = TOKEN_COUNT_BUCKETS, TOKEN_LATENCY_BUCKETS
-    return (
-        Metric("manta:num_requests_running", "Number of sequences that hold KV pages.", gauge, replica),
-        Metric("manta:num_requests_waiting", "Number of sequences waiting for admission.", gauge, replica),
-        Metric("manta:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", gauge, replica),
-        Metric("manta:num_preemptions_total", "Cumulative number of preemptions.", counter, replica),
-        Metric("manta:prompt_tokens_total", "Number of prompt tokens of admitted requests.", counter, replica),
-        Metric("manta:generation_tokens_total", "Number of generation tokens produced.", counter, replica),
-        Metric(
-            "manta:iteration_tokens_total",
-            "Histogram of the number of tokens per engine iteration.",
-            histogram,
-            replica,
-            buckets=ITERATION_BUCKETS,
-        ),
-        Metric(
-            "manta:request_success_total",
-            "Count of finished choices by the reason they ended.",
-            counter,
-            gateway,
-            labels=("finished_reason",),
-            initial=tuple((reason,) for reason in FINISH_REASONS),
-        ),
-        Metric(
-            "manta:time_to_first_token_seconds",
-            "Histogram of time from a request's arrival to its first token in seconds.",
-            histogram,
-            gateway,
-            buckets=FIRST_TOKEN_BUCKETS,
-        ),
-        Metric(
-            "manta:inter_token_latency_seconds",
-            "Histogram of inter-token latency in seconds.",
-            histogram,
-            gateway,
-            buckets=token_latency,
-        ),
-        Metric(
-            "manta:request_time_per_output_token_seconds",
-            "Histogram of the mean time per output token after the first, per choice, in seconds.",
-            histogram,
-            gateway,
-            buckets=token_latency,
-        ),
-        Metric(
-            "manta:e2e_request_latency_seconds",
-            "Histogram of end-to-end request latency in seconds.",
-            histogram,
-            gateway,
-            buckets=LATENCY_BUCKETS,
-        ),
-        Metric(
-            "manta:request_prompt_tokens", "Histogram of prompt tokens per request.", histogram, gateway, buckets=counts
-        ),
-        Metric(
-            "manta:request_generation_tokens",
-            "Histogram of generation tokens per choice.",
-            histogram,
-            gateway,
-            buckets=counts,
-        ),
-        Metric(
-            "manta:request_params_n",
-            "Histogram of the n request parameter.",
-            histogram,
-            gateway,
-            buckets=SAMPLES_BUCKETS,
-        ),
-        Metric(
-            "manta:request_params_max_tokens",
-            "Histogram of the max_tokens request parameter.",
-            histogram,
-            gateway,
-            buckets=counts,
-        ),
-        Metric(
-            "manta:http_requests_total",
-            "Total number of HTTP requests by method, status class and handler.",
-            counter,
-            gateway,
-            labels=("method", "status", "handler"),
-        ),
-    )
+_METRICS = (
+    Metric("manta:num_requests_running", "Number of sequences that hold KV pages.", Kind.GAUGE, Owner.REPLICA),
+    Metric("manta:num_requests_waiting", "Number of sequences waiting for admission.", Kind.GAUGE, Owner.REPLICA),
+    Metric("manta:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", Kind.GAUGE, Owner.REPLICA),
+    Metric("manta:num_preemptions_total", "Cumulative number of preemptions.", Kind.COUNTER, Owner.REPLICA),
+    Metric("manta:prompt_tokens_total", "Number of prompt tokens of admitted requests.", Kind.COUNTER, Owner.REPLICA),
+    Metric("manta:generation_tokens_total", "Number of generation tokens produced.", Kind.COUNTER, Owner.REPLICA),
+    Metric(
+        "manta:iteration_tokens_total",
+        "Histogram of the number of tokens per engine iteration.",
+        Kind.HISTOGRAM,
+        Owner.REPLICA,
+        buckets=ITERATION_BUCKETS,
+    ),
+    Metric(
+        "manta:request_success_total",
+        "Count of finished choices by the reason they ended.",
+        Kind.COUNTER,
+        Owner.GATEWAY,
+        labels=("finished_reason",),
+        initial=tuple((reason,) for reason in FINISH_REASONS),
+    ),
+    Metric(
+        "manta:time_to_first_token_seconds",
+        "Histogram of time from a request's arrival to its first token in seconds.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=FIRST_TOKEN_BUCKETS,
+    ),
+    Metric(
+        "manta:inter_token_latency_seconds",
+        "Histogram of inter-token latency in seconds.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=TOKEN_LATENCY_BUCKETS,
+    ),
+    Metric(
+        "manta:request_time_per_output_token_seconds",
+        "Histogram of the mean time per output token after the first, per choice, in seconds.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=TOKEN_LATENCY_BUCKETS,
+    ),
+    Metric(
+        "manta:e2e_request_latency_seconds",
+        "Histogram of end-to-end request latency in seconds.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=LATENCY_BUCKETS,
+    ),
+    Metric(
+        "manta:request_prompt_tokens",
+        "Histogram of prompt tokens per request.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=TOKEN_COUNT_BUCKETS,
+    ),
+    Metric(
+        "manta:request_generation_tokens",
+        "Histogram of generation tokens per choice.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=TOKEN_COUNT_BUCKETS,
+    ),
+    Metric(
+        "manta:request_params_n",
+        "Histogram of the n request parameter.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=SAMPLES_BUCKETS,
+    ),
+    Metric(
+        "manta:request_params_max_tokens",
+        "Histogram of the max_tokens request parameter.",
+        Kind.HISTOGRAM,
+        Owner.GATEWAY,
+        buckets=TOKEN_COUNT_BUCKETS,
+    ),
+    Metric(
+        "manta:http_requests_total",
+        "Total number of HTTP requests by method, status class and handler.",
+        Kind.COUNTER,
+        Owner.GATEWAY,
+        labels=("method", "status", "handler"),
+    ),
+)
 
-
-CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in _metrics()}
+CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in _METRICS}

@@ -1,3 +1,5 @@
+"""The random models of the benchmarks: deterministic, loadable, and of the sizes they claim."""
+
 import hashlib
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""What the benchmarks read about processes: CPU shares and memory."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""The workloads: their ranges, their seeds, and the arithmetic of request-level waste."""
+
 import random
 import statistics
 from itertools import pairwise

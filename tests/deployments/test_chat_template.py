@@ -1,3 +1,5 @@
+"""Chat templates: what Hugging Face ones expect, and what an untrusted one may not do."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""The journal of one request: tokens given, reasons, usage counted once."""
+
 import pytest
 
 from deployments.journal import Journal, Usage

@@ -1,3 +1,5 @@
+"""The offline loop: completion order, bounded feeding, failures that stay alone."""
+
 from collections.abc import Iterable, Iterator
 from itertools import count
 

@@ -1,3 +1,5 @@
+"""Prompt files: their formats, and bad lines named before anything runs."""
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,3 +1,5 @@
+"""Result files: torn lines, fingerprints, and one writer at a time."""
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,3 +1,5 @@
+"""One choice from emissions to text: stop strings, stop tokens, logprobs."""
+
 from deployments.samples import Piece, Sample, TextOptions, joined
 from engine.batch import TokenLogprob
 from engine.sequence import Emission, FinishReason

@@ -1,3 +1,5 @@
+"""Stop strings against a naive reference, whatever the pieces the text comes in."""
+
 import itertools
 
 import pytest

@@ -1,3 +1,5 @@
+"""Tokenizers of both kinds: exact round trips, and detokenization that splits no character."""
+
 import json
 import subprocess
 import sys

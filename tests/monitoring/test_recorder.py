@@ -1,3 +1,5 @@
+"""Counting in one process between two pushes."""
+
 import pickle
 
 import pytest

@@ -1,3 +1,5 @@
+"""Merging deltas of many processes, some of them dead, into one exposition."""
+
 import random
 
 import pytest

@@ -1,3 +1,5 @@
+"""An API over a scripted backend: in process through httpx, and on a real socket through uvicorn."""
+
 from collections.abc import AsyncIterator, Callable
 
 import httpx

@@ -86,6 +86,7 @@ def test_a_client_that_leaves_one_of_several_prompts_ends_them_all(url, backend)
     wait_until(lambda: backend.emitted >= 3)
     connection.close()
     wait_until(lambda: len(backend.closed_at) == 3)
+    assert len(backend.requests) == 3
 
 
 def test_one_client_that_leaves_does_not_disturb_another(url, backend):

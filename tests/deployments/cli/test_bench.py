@@ -1,3 +1,5 @@
+"""`manta bench` against a scripted endpoint: what it measures and how it fails."""
+
 import asyncio
 import json
 import statistics

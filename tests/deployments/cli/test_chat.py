@@ -1,3 +1,5 @@
+"""`manta chat` on a pipe and on a pseudo-terminal, against a scripted endpoint."""
+
 import io
 import os
 import pty

@@ -1,3 +1,5 @@
+"""`manta generate` as a process: results, resumption after a kill, and refusals before anything runs."""
+
 import json
 import signal
 import subprocess

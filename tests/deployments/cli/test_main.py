@@ -1,3 +1,5 @@
+"""The `manta` command itself: help that is quick, exit codes, one-line errors."""
+
 import re
 import subprocess
 import sys
