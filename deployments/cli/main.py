@@ -102,7 +102,7 @@ def build_app(options: GlobalOptions) -> typer.Typer:
             bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
         ] = False,
     ) -> None:
-        """Manta serves large language models: one machine or many, CPU or GPU, behind one OpenAI-compatible API."""
+        """Manta serves large language models on Ray, behind an OpenAI-compatible API."""
         options.debug = debug
 
     return app
