@@ -7,7 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from os import killpg
 from pathlib import Path
 
@@ -80,16 +83,22 @@ class Server:
         return self.process.wait(60)
 
 
-@pytest.fixture
-def server(model: Path) -> Iterator[tuple[Server, str]]:
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[Server, str]]:
     (port,) = free_ports(1)
-    running = Server(str(model), "--port", str(port), "--max-model-len", "256")
+    running = Server(*arguments, "--port", str(port))
     try:
         yield running, f"http://127.0.0.1:{port}"
     finally:
         if running.process.poll() is None:
             running.process.terminate()
             running.process.wait(60)
+
+
+@pytest.fixture
+def server(model: Path) -> Iterator[tuple[Server, str]]:
+    with serving(str(model), "--max-model-len", "256") as running:
+        yield running
 
 
 def test_serves_a_model_and_leaves_nothing_behind(server: tuple[Server, str], model: Path) -> None:
@@ -123,6 +132,39 @@ def test_serves_a_model_and_leaves_nothing_behind(server: tuple[Server, str], mo
     time.sleep(0.2)
     assert [command for pid, command in started.items() if _command_of(pid) == command] == []
     assert directories and not any(list(Path("/tmp").glob(name)) for name in directories)
+
+
+def test_the_built_in_model_answers_in_english_on_two_replicas_and_stops_by_itself() -> None:
+    with serving("--replicas", "2") as (running, url):
+        running.wait_for("curl")
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        def ask(question: str) -> tuple[str, str | None]:
+            messages = [{"role": "user", "content": question}]
+            chunks = client.chat.completions.create(
+                model="manta-tiny", messages=messages, temperature=0, stream=True, max_tokens=400
+            )
+            choices = [chunk.choices[0] for chunk in chunks]
+            return "".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, ["What is 3 plus 4?"] * 8))
+        assert set(answers) == {("3 plus 4 is 7.", "stop")}
+        story, reason = ask("Tell me a story about a cat.")
+        assert reason == "stop"
+        assert "cat" in story and len(story.split()) > 30
+
+        def generated() -> list[float]:
+            exposition = urllib.request.urlopen(f"{url}/metrics").read().decode()
+            return [
+                float(n) for n in re.findall(r"^manta:generation_tokens_total{.*} (\S+)$", exposition, re.MULTILINE)
+            ]
+
+        # Replicas push what they counted once a second.
+        deadline = time.monotonic() + 20.0
+        while (len(generated()) < 2 or not all(generated())) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert len(generated()) == 2 and all(generated()), "both replicas took their share"
 
 
 def test_interrupted_while_starting_leaves_nothing_behind(server: tuple[Server, str]) -> None:
