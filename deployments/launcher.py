@@ -178,7 +178,7 @@ def _welcome(config: AppConfig, url: str, seconds: float) -> str:
 
 
 class _Signals:
-    """Turns the first Ctrl-C or SIGTERM into `_Interrupted`, and one that comes while stopping into an end at once."""
+    """Turns the first Ctrl-C or SIGTERM into `_Interrupted`; a second one, or a hang-up, ends everything at once."""
 
     def __init__(self, end_at_once: Callable[[], None]) -> None:
         self.serving = False
@@ -186,11 +186,16 @@ class _Signals:
         self._end_at_once = end_at_once
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        # The terminal was closed. nohup has it ignored: then serving goes on.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.stopping:
+        # A hang-up reaches Ray's own processes too, and does not spare them as Ctrl-C does: there is nobody left to ask
+        # for an orderly end, and Ray would soon end this process from below.
+        if not self.stopping and number != signal.SIGHUP:
             self.stopping = True
             raise _Interrupted
         self._end_at_once()

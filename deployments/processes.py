@@ -9,8 +9,13 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 _PR_SET_CHILD_SUBREAPER = 36
+_ENDED = "ZX"
+"""States of a process that is a zombie or gone."""
+_NUM_THREADS = 17
+"""Place of num_threads in /proc/PID/stat, counted from the state (proc(5))."""
 
 
 def adopt_orphans() -> None:
@@ -27,16 +32,17 @@ def descendants() -> set[int]:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-    children: dict[int, list[int]] = {}
-    for pid, parent in _parents():
-        children.setdefault(parent, []).append(pid)
+    children: dict[int, list[_Process]] = {}
+    for process in _processes():
+        children.setdefault(process.parent, []).append(process)
     found: set[int] = set()
     below = [os.getpid()]
     while below:
-        for pid in children.get(below.pop(), ()):
-            if pid not in found:
-                found.add(pid)
-                below.append(pid)
+        for process in children.get(below.pop(), ()):
+            # Through a zombie, too: until all its threads have ended it keeps its children.
+            below.append(process.pid)
+            if process.is_alive:
+                found.add(process.pid)
     return found
 
 
@@ -57,18 +63,28 @@ def _signal(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _parents() -> list[tuple[int, int]]:
-    """(process id, parent's process id) of every living process."""
+class _Process(NamedTuple):
+    pid: int
+    parent: int
+    is_alive: bool
+
+
+def _processes() -> list[_Process]:
+    """Every process of this machine."""
     if sys.platform == "linux":
-        return [pair for entry in Path("/proc").iterdir() if entry.name.isdigit() and (pair := _read_stat(entry))]
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    return [(int(pid), int(parent)) for pid, parent in map(str.split, listing.splitlines())]
+        return [each for entry in Path("/proc").iterdir() if entry.name.isdigit() and (each := _read_stat(entry))]
+    command = ["ps", "-A", "-o", "pid=,ppid=,stat="]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = map(str.split, listing.splitlines())
+    return [_Process(int(pid), int(parent), state[0] not in _ENDED) for pid, parent, state in rows]
 
 
-def _read_stat(entry: Path) -> tuple[int, int] | None:
+def _read_stat(entry: Path) -> _Process | None:
     try:
-        # The name, in parentheses, may hold anything; what follows the last one is the state and the parent.
-        state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+        # The name, in parentheses, may hold anything; what follows the last one starts with the state and the parent.
+        fields = (entry / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else (int(entry.name), int(parent))
+    # A process whose main thread has ended looks like a zombie while its other threads go on.
+    is_alive = fields[0] not in _ENDED or int(fields[_NUM_THREADS]) > 1
+    return _Process(int(entry.name), int(fields[1]), is_alive)

@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import signal, subprocess, sys, time
 from deployments.processes import adopt_orphans, descendants, end_descendants
@@ -29,3 +31,34 @@ def test_orphans_and_processes_that_ignore_sigterm_end_too() -> None:
     assert (found, left) == (3, 0)
     assert not any((Path("/proc") / str(pid)).exists() for pid in pids)
     assert time.monotonic() - began < 20
+
+
+# The main thread ends, which makes the process a zombie to the eye, but another one keeps it, and with it its child.
+HALF_DEAD = """
+import ctypes, subprocess, threading, time
+print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+threading.Thread(target=time.sleep, args=(60,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+END_HALF_DEAD = """
+import subprocess, sys, time
+from pathlib import Path
+from deployments.processes import adopt_orphans, descendants, end_descendants
+
+adopt_orphans()
+parent = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+child = int(parent.stdout.readline())
+while Path(f"/proc/{parent.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    time.sleep(0.01)
+found = descendants()
+end_descendants(grace_s=0.0)
+print(child in found, Path(f"/proc/{child}").exists())
+parent.kill()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the states are Linux's")
+def test_child_of_a_process_that_is_half_dead_is_found_and_ended() -> None:
+    command = [sys.executable, "-c", END_HALF_DEAD, HALF_DEAD]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["True", "False"]

@@ -166,6 +166,15 @@ def test_the_built_in_model_answers_in_english_on_two_replicas_and_stops_by_itse
             time.sleep(0.2)
         assert len(generated()) == 2 and all(generated()), "both replicas took their share"
 
+        # The terminal is closed: the group is hung up, and nobody reads the output any more.
+        started = below(running.process.pid)
+        assert running.process.stdout is not None
+        running.process.stdout.close()
+        killpg(running.process.pid, signal.SIGHUP)
+        running.process.wait(60)
+        time.sleep(0.2)
+        assert [command for pid, command in started.items() if _command_of(pid) == command] == []
+
 
 def test_interrupted_while_starting_leaves_nothing_behind(server: tuple[Server, str]) -> None:
     running, _ = server
