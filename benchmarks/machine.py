@@ -1,10 +1,11 @@
 """What a number was measured on: without it, it means nothing."""
 
-import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from engine.machine import available_cores
 
 
 def describe(threads: int) -> dict[str, str | int]:
@@ -18,11 +19,6 @@ def describe(threads: int) -> dict[str, str | int]:
         "torch": _version("torch"),
         "transformers": _version("transformers"),
     }
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

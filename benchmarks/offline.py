@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import machine, models, workloads
 from benchmarks.contenders import CONTENDERS, Process, Setup
+from engine.machine import available_cores
 
 OURS = "manta"
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=sorted(workloads.LENGTHS), default="even")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=machine.available_cores())
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()

@@ -19,6 +19,7 @@ from deployments.cli.errors import CommandError, ExitCode
 from deployments.config import AppConfig
 from deployments.model_check import check_model
 from deployments.private_ray import PrivateRay
+from engine.machine import available_cores
 from engine.models.source import BUILT_IN
 
 APPLICATION = "default"
@@ -51,7 +52,7 @@ def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
     config = _absolute(config)
     check_model(config.engine)
     check_port(options.host, options.port)
-    ray = PrivateRay(num_cpus=usable_cpus(), dashboard=options.dashboard)
+    ray = PrivateRay(num_cpus=available_cores(), dashboard=options.dashboard)
     watch = _Signals(ray.abandon)
     try:
         watch.install()
@@ -78,11 +79,6 @@ def check_port(host: str, port: int) -> None:
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another one with --port",
             ExitCode.BAD_INPUT,
         ) from None
-
-
-def usable_cpus() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _serve(ray: PrivateRay, config: AppConfig, options: LaunchOptions, say: Say, watch: "_Signals") -> None:

@@ -4,7 +4,6 @@ The composition root: the only place that knows both the deciding and the comput
 """
 
 import logging
-import os
 import time
 
 import torch
@@ -16,7 +15,7 @@ from engine.kv.cache import PagedKVCache
 from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.limits import Limits
-from engine.memory import available_bytes
+from engine.machine import available_bytes, available_cores
 from engine.models.decoder import Decoder
 from engine.models.directory import load_eos_token_ids
 from engine.models.loader import load_model
@@ -34,7 +33,7 @@ def build_engine(config: EngineConfig) -> Engine:
     Raises ModelError if the model cannot be loaded and ValueError if the KV memory cannot hold what was asked for.
     """
     began = time.monotonic()
-    threads = available_threads() if config.threads == "auto" else config.threads
+    threads = available_cores() if config.threads == "auto" else config.threads
     torch.set_num_threads(threads)
     path = resolve_model(config.model, config.revision)
     decoder = load_model(path, config.dtype)
@@ -61,11 +60,6 @@ def build_engine(config: EngineConfig) -> Engine:
         eos_token_ids=load_eos_token_ids(path),
         model_path=path,
     )
-
-
-def available_threads() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan_kv(config: EngineConfig, decoder: Decoder) -> KVPlan:

@@ -77,8 +77,7 @@ class Engine:
 
     def _sequences(self, request: Request) -> list[Sequence]:
         params, prompt = request.params, request.prompt_token_ids
-        room = self.limits.max_model_len - len(prompt)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
+        max_tokens = self.limits.max_output(request)
         stop_token_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         )

@@ -15,6 +15,11 @@ class Limits:
     """Tokens of one sequence, prompt and output together."""
     vocab_size: int
 
+    def max_output(self, request: Request) -> int:
+        """Output tokens of one sample at most: what the request asks for, or all that its prompt leaves."""
+        asked = request.params.max_tokens
+        return self.max_model_len - len(request.prompt_token_ids) if asked is None else asked
+
 
 def check_request(request: Request, limits: Limits) -> None:
     """Raises InvalidRequest, naming the parameter, if the request can never be served."""
@@ -40,7 +45,7 @@ def check_request(request: Request, limits: Limits) -> None:
             param="max_tokens",
             code="context_length_exceeded",
         )
-    max_tokens = room if params.max_tokens is None else params.max_tokens
+    max_tokens = limits.max_output(request)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens ({params.min_tokens}) must not be more than max_tokens ({max_tokens})", param="min_tokens"

@@ -1,9 +1,14 @@
-"""How much host memory this process may still take. Reads the operating system; decides nothing."""
+"""What of this machine the process may use: cores and memory. Reads the operating system; decides nothing."""
 
 import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_bytes() -> int:
