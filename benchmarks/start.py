@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import processes
+from deployments.private_ray import free_ports
 
 TIMEOUT_SECONDS = 180.0
 _POLL_SECONDS = 0.05
@@ -38,7 +39,7 @@ class Start:
 
 def measure(arguments: list[str], log: Path) -> Start:
     """Starts, asks, stops. Raises RuntimeError with the end of the log if the server does not come up."""
-    port = free_port()
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "deployments.cli.main", "serve", *arguments, "--port", str(port)]
     begin = time.perf_counter()
     with log.open("wb") as output:
@@ -62,13 +63,6 @@ def measure(arguments: list[str], log: Path) -> Start:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
     return Start(port_open, ready, answered, stopped, num_left)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait(condition: Callable[[], bool], server: "subprocess.Popen[bytes]", log: Path) -> None:

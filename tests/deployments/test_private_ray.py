@@ -1,0 +1,30 @@
+"""A private Ray's ports stay its own between being chosen and being bound."""
+
+import socket
+
+import pytest
+
+from deployments import private_ray
+from deployments.private_ray import free_ports
+
+
+def test_free_ports_are_not_ones_that_the_kernel_gives_away() -> None:
+    with socket.socket() as given:
+        given.bind(("127.0.0.1", 0))
+        ports = free_ports(8)
+        assert len(set(ports)) == 8
+        assert max(ports) < given.getsockname()[1]
+    for port in ports:
+        with socket.socket() as mine:
+            mine.bind(("127.0.0.1", port))
+
+
+def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first,) = free_ports(1)
+    monkeypatch.setattr(private_ray, "_FIRST_PORT", first)
+    monkeypatch.setattr(private_ray, "_first_ephemeral_port", lambda: first + 2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first))
+        assert free_ports(1) == [first + 1]
+        with pytest.raises(RuntimeError, match=f"between {first} and {first + 2}"):
+            free_ports(2)
