@@ -1,7 +1,8 @@
 """Random-weight models to measure speed with: the real shapes and sizes, no download, the same bytes on every machine.
 
 `python -m benchmarks.models s135m` writes a Hugging Face directory (config, bf16 safetensors, tokenizer) once, under
-`$MANTA_MODELS` or `~/.cache/manta/models`. Knows no engine; the text such a model writes means nothing.
+`$MANTA_MODELS` or `~/.cache/manta/models`; one whose config is of another version is written again. Knows no engine;
+the text such a model writes means nothing.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 BOS, EOS, PAD = range(3)
-MAX_POSITIONS = 4096
+MAX_POSITIONS = 16384
 WEIGHT_STD = 0.02
 _DRAW_ELEMENTS = 2**24
 """Elements drawn and written at a time: a tensor never exists as a whole."""
@@ -63,21 +64,42 @@ def cache_directory() -> Path:
 
 
 def ensure(name: str, *, seed: int = 0) -> Path:
-    """Directory of a model, written first if it is not there. Raises KeyError for an unknown name."""
+    """Directory of a model, written first if it is not there or is not what this module writes now.
+
+    Raises KeyError for an unknown name.
+    """
     shape = SHAPES[name]
     target = cache_directory() / (name if seed == 0 else f"{name}-seed{seed}")
-    if not target.is_dir():
+    if not _is_current(target, shape):
         target.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: an interrupted run leaves no half model under the final name.
         partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
         try:
             write(partial, shape, seed=seed)
             partial.chmod(0o755)
-            partial.rename(target)
+            _replace(target, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return target
+
+
+def _is_current(directory: Path, shape: Shape) -> bool:
+    try:
+        return bool(json.loads((directory / "config.json").read_text()) == _config(shape))
+    except (OSError, ValueError):
+        return False
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Gives `partial` the name of `target`, whose outdated files stay readable for whoever has them open."""
+    if target.is_dir():
+        outdated = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        target.rename(outdated / target.name)
+        partial.rename(target)
+        shutil.rmtree(outdated)
+    else:
+        partial.rename(target)
 
 
 def find(name: str) -> Path:

@@ -183,8 +183,10 @@ class EngineThread(Generic[E]):
 
     def _account(self, emissions: Sequence[Emission]) -> None:
         for emission in emissions:
+            if emission.finish_reason is None:
+                continue
             samples = self._open_samples.get(emission.request_id)
-            if samples is not None and emission.finish_reason is not None:
+            if samples is not None:
                 samples.discard(emission.sample_index)
                 if not samples:
                     del self._open_samples[emission.request_id]

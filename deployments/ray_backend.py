@@ -86,7 +86,7 @@ class RayBackend:
         try:
             while not stream.finished:
                 for emission in await stream.take():
-                    yield replace(emission, request_id=request.request_id)
+                    yield emission._replace(request_id=request.request_id)
         finally:
             self._close(stream)
 

@@ -5,26 +5,38 @@ The composition root: the only place that knows both the deciding and the comput
 
 import logging
 import time
+from dataclasses import dataclass
 
 import torch
 
-from engine.config import EngineConfig, KVConfig
+from engine.config import EngineConfig
+from engine.devices import Device, choose_device
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kv.cache import PagedKVCache
+from engine.forward import Forward
+from engine.kv.cache import PagedKVCache, kv_bytes_per_token
 from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.limits import Limits
-from engine.machine import available_bytes, available_cores
 from engine.models.decoder import Decoder
 from engine.models.directory import load_eos_token_ids
-from engine.models.loader import load_model
+from engine.models.loader import load_parameters
 from engine.models.source import resolve_model
+from engine.models.spec import ModelSpec
 from engine.runner import Runner
-from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assembly:
+    """An engine, and the parts of it that measurements look into."""
+
+    engine: Engine
+    forward: Forward
+    spec: ModelSpec
+    kv_dtype: torch.dtype
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -32,50 +44,58 @@ def build_engine(config: EngineConfig) -> Engine:
 
     Raises ModelError if the model cannot be loaded and ValueError if the KV memory cannot hold what was asked for.
     """
+    return assemble(config).engine
+
+
+def assemble(config: EngineConfig) -> Assembly:
+    """`build_engine`, with the parts."""
     began = time.monotonic()
-    threads = available_cores() if config.threads == "auto" else config.threads
-    torch.set_num_threads(threads)
+    device = choose_device(config)
     path = resolve_model(config.model, config.revision)
-    decoder = load_model(path, config.dtype)
-    kv = _plan_kv(config, decoder)
-    cache = PagedKVCache(decoder.spec, kv.num_pages, config.kv.page_tokens, decoder.dtype)
-    scheduler = Scheduler(config.scheduler, PagePool(kv.num_pages), config.kv.page_tokens)
+    # Weights become fp8 in the kernels' own preparation, not on the way from the file.
+    scheme = "auto" if config.quantization == "fp8" else config.quantization
+    loaded = load_parameters(path, config.dtype, device.name, quantization=scheme, group=config.quantization_group)
+    backend = device.backend(loaded)
+    decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
+    kv_dtype = torch.int8 if config.kv.dtype == "int8" else decoder.dtype
+    kv = _plan_kv(config, decoder.spec, kv_dtype, device)
+    cache = PagedKVCache(decoder.spec, kv.num_pages + device.spare_pages, device.page_tokens, kv_dtype, device.name)
+    forward = backend.forward(decoder, cache)
     log.info(
-        "%s from %s: %s, %d threads, weights %s, KV %s in %d pages of %d tokens, up to %d tokens a sequence; %.1f s",
+        "%s from %s: %s, %s kernels, %d threads, weights %s, KV %s in %d pages of %d tokens, "
+        "up to %d tokens a sequence; %.1f s",
         config.model,
         path,
         str(decoder.dtype).removeprefix("torch."),
-        threads,
-        _mebibytes(decoder.num_bytes),
+        backend.name,
+        torch.get_num_threads(),
+        _mebibytes(loaded.num_bytes),
         _mebibytes(kv.num_bytes),
         kv.num_pages,
-        config.kv.page_tokens,
+        device.page_tokens,
         kv.max_model_len,
         time.monotonic() - began,
     )
-    return Engine(
-        scheduler,
-        LocalExecutor(Runner(decoder, cache, Sampler())),
+    engine = Engine(
+        Scheduler(config.scheduler, PagePool(kv.num_pages), device.page_tokens),
+        LocalExecutor(Runner(forward, device.page_tokens, device.sampler())),
         Limits(kv.max_model_len, decoder.spec.vocab_size),
         eos_token_ids=load_eos_token_ids(path),
         model_path=path,
     )
+    return Assembly(engine, forward, decoder.spec, kv_dtype)
 
 
-def _plan_kv(config: EngineConfig, decoder: Decoder) -> KVPlan:
-    bytes_per_token = decoder.spec.kv_bytes_per_token(decoder.dtype.itemsize)
+def _plan_kv(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: Device) -> KVPlan:
+    memory = config.kv.memory
     return plan_kv(
-        budget_bytes=_kv_budget(config.kv),
-        bytes_per_token=bytes_per_token,
-        page_tokens=config.kv.page_tokens,
+        budget_bytes=int(device.free_bytes() * config.kv.memory_share) if memory == "auto" else memory,
+        bytes_per_token=kv_bytes_per_token(spec, dtype),
+        page_tokens=device.page_tokens,
         max_sequences=config.scheduler.max_sequences,
-        model_max_len=decoder.spec.max_position,
+        model_max_len=spec.max_position,
         max_model_len=config.max_model_len,
     )
-
-
-def _kv_budget(config: KVConfig) -> int:
-    return int(available_bytes() * config.memory_share) if config.memory == "auto" else config.memory
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -25,6 +25,7 @@ def parse_bytes(value: Any) -> Any:
 Bytes = Annotated[int, Field(gt=0)]
 Auto = Literal["auto"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["auto", "w8a8", "w4a16", "fp8"]
 Admission = Literal["optimistic", "reserve"]
 
 
@@ -41,8 +42,10 @@ class KVConfig(Config):
     """Bytes of keys and values; "auto" takes `memory_share` of what is free once the weights are loaded."""
     memory_share: float = Field(default=0.5, gt=0.0, le=0.95)
     """Share of the free memory that "auto" takes; replicas on one machine divide it between them."""
-    page_tokens: int = Field(default=16, ge=1, le=512)
-    """Tokens of one sequence that share one page."""
+    dtype: Literal["auto", "int8"] = "auto"
+    """"auto" is that of the activations; "int8" takes half the memory, with a scale for each token and head."""
+    page_tokens: Annotated[int, Field(ge=1, le=512)] | Auto = "auto"
+    """Tokens of one sequence that share one page; "auto" is 16 on a CPU and 256, which its kernels want, on a GPU."""
 
 
 class SchedulerConfig(Config):
@@ -73,9 +76,16 @@ class EngineConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: DType = "auto"
-    """Type of weights, activations and KV; "auto" takes the checkpoint's."""
+    """Type of weights, activations and KV; "auto" takes the checkpoint's, on a CPU bfloat16 in place of float16."""
+    quantization: Quantization = "auto"
+    """What to turn weights into at load: "w8a8" is 8 bits with activations quantized per token, "w4a16" 4 bits in
+    groups, "fp8" 8-bit floats on a GPU; "auto" leaves them as the checkpoint has them, quantized or not."""
+    quantization_group: Literal[32, 64, 128] = 64
+    """Input channels that share a scale in "w4a16"."""
     max_model_len: Annotated[int, Field(ge=2)] | Auto = "auto"
     """Longest sequence, prompt and output together; "auto" takes the model's, or what the KV memory can hold."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What computes; "auto" is a GPU where torch sees one."""
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Threads of the arithmetic; "auto" takes the cores this process may run on."""
     kv: KVConfig = KVConfig()

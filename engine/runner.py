@@ -1,9 +1,10 @@
-"""The only owner of device work: a batch becomes tensors, runs through the decoder and comes back as drawn tokens.
+"""The only owner of device work: a batch becomes tensors, runs through the model and comes back as drawn tokens.
 
 Knows neither scheduler nor policy: who runs is in the batch.
 """
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,76 +12,76 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch, PromptLogprobRow, StepOutput, StepStats, TokenLogprob
+from engine.forward import Forward
 from engine.kernels import AttentionLayout
-from engine.kv.cache import PagedKVCache
-from engine.models.decoder import Decoder
-from engine.sampler import Sampler, token_logprobs
+from engine.sampler import Sampler
 
-_LOGPROB_ROWS = 128
+LOGPROB_ROWS = 128
 """Rows of prompt logits held at once: a long prompt times a large vocabulary would be gigabytes."""
 
 
 class Runner:
-    """Runs batches one at a time on the decoder's device."""
+    """Runs batches one at a time on the model's device."""
 
-    def __init__(self, decoder: Decoder, cache: PagedKVCache, sampler: Sampler) -> None:
-        self._decoder = decoder
-        self._cache = cache
+    def __init__(self, forward: Forward, page_tokens: int, sampler: Sampler) -> None:
+        self._forward = forward
+        self._page_tokens = page_tokens
         self._sampler = sampler
 
     def run(self, batch: Batch) -> StepOutput:
         start = time.perf_counter()
         with torch.inference_mode():
-            self._cache.clear(self._to_device(opened_pages(batch, self._cache.page_tokens)))
-            token_ids = self._to_device(batch.token_ids)
-            hidden = self._decoder.forward(token_ids, self._layout(batch), self._cache)
+            layout = layout_of(batch, self._page_tokens, self._forward.device)
+            hidden = self._forward.hidden(self._to_device(batch.token_ids), layout)
             prompt_logprobs = [self._prompt_logprobs(hidden, batch, row) for row in batch.prompt_logprobs]
-            drawn = self._sampler.sample(self._decoder.logits(hidden[self._sample_rows(batch)]), batch.samples)
+            drawn = self._sampler.sample(self._forward.logits(hidden, self._sample_rows(batch)), batch.samples)
         stats = StepStats(batch.num_tokens, batch.num_sequences, time.perf_counter() - start)
         return StepOutput(batch.step, drawn.token_ids, drawn.logprobs, prompt_logprobs, stats, drawn.failed)
 
-    def _layout(self, batch: Batch) -> AttentionLayout:
-        query_lens = np.diff(batch.cu_seq_q)
-        return AttentionLayout(
-            positions=self._to_device(batch.positions),
-            contexts=self._to_device(np.repeat(batch.context_lens.astype(np.int64), query_lens)),
-            slots=self._to_device(slots(batch, self._cache.page_tokens)),
-            cu_seq_q=self._to_device(batch.cu_seq_q),
-            context_lens=self._to_device(batch.context_lens),
-            page_table=self._to_device(batch.page_table),
-            page_tokens=self._cache.page_tokens,
-            query_lens=tuple(query_lens.tolist()),
-            lens=tuple(batch.context_lens.tolist()),
-        )
-
     def _sample_rows(self, batch: Batch) -> Tensor:
         """The last token of each sequence that samples: the only rows that need logits."""
-        sequences = np.fromiter((sample.row for sample in batch.samples), np.int64, len(batch.samples))
-        return self._to_device(batch.cu_seq_q[sequences + 1].astype(np.int64) - 1)
+        return self._to_device(batch.cu_seq_q[batch.samples.rows + 1].astype(np.int64) - 1)
 
     def _prompt_logprobs(self, hidden: Tensor, batch: Batch, row: PromptLogprobRow) -> tuple[TokenLogprob, ...]:
         first = int(batch.cu_seq_q[row.row])
         found: list[TokenLogprob] = []
-        for start in range(0, len(row.targets), _LOGPROB_ROWS):
-            targets = row.targets[start : start + _LOGPROB_ROWS]
-            logits = self._decoder.logits(hidden[first + start : first + start + len(targets)])
-            found.extend(token_logprobs(logits, list(targets), row.top))
+        for start in range(0, len(row.targets), LOGPROB_ROWS):
+            targets = row.targets[start : start + LOGPROB_ROWS]
+            rows = torch.arange(first + start, first + start + len(targets), device=self._forward.device)
+            logits = self._forward.logits(hidden, rows)
+            found.extend(self._sampler.token_logprobs(logits, list(targets), row.top))
         return tuple(found)
 
-    def _to_device(self, array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._decoder.device)
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._forward.device)
+
+
+def layout_of(batch: Batch, page_tokens: int, device: torch.device) -> AttentionLayout:
+    """The batch's places in the cache, on the device."""
+
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    only_decodes = batch.num_tokens == batch.num_sequences
+    query_lens = (1,) * batch.num_sequences if only_decodes else tuple(np.diff(batch.cu_seq_q).tolist())
+    contexts = batch.positions + 1 if only_decodes else np.repeat(batch.context_lens.astype(np.int64), query_lens)
+    return AttentionLayout(
+        positions=tensor(batch.positions),
+        contexts=tensor(contexts),
+        slots=tensor(slots(batch, page_tokens)),
+        cu_seq_q=tensor(batch.cu_seq_q),
+        context_lens=tensor(batch.context_lens),
+        page_table=tensor(batch.page_table),
+        page_tokens=page_tokens,
+        query_lens=query_lens,
+        lens=tuple(batch.context_lens.tolist()),
+    )
 
 
 def slots(batch: Batch, page_tokens: int) -> NDArray[np.int64]:
     """[T] where each token's keys and values go: page * page_tokens + offset."""
-    sequences = np.repeat(np.arange(batch.num_sequences), np.diff(batch.cu_seq_q))
-    pages = batch.page_table[sequences, batch.positions // page_tokens].astype(np.int64)
-    return pages * page_tokens + batch.positions % page_tokens
-
-
-def opened_pages(batch: Batch, page_tokens: int) -> NDArray[np.int64]:
-    """Pages that this batch begins to write and does not fill: the other slots still hold an earlier owner's values."""
-    last = batch.context_lens.astype(np.int64) - 1
-    first_written = last + 1 - np.diff(batch.cu_seq_q)
-    is_opened = (last // page_tokens * page_tokens >= first_written) & (last % page_tokens < page_tokens - 1)
-    return batch.page_table[np.arange(batch.num_sequences), last // page_tokens][is_opened].astype(np.int64)
+    sequences = np.arange(batch.num_sequences)
+    if batch.num_tokens > batch.num_sequences:
+        sequences = np.repeat(sequences, np.diff(batch.cu_seq_q))
+    columns, offsets = np.divmod(batch.positions, page_tokens)
+    return batch.page_table[sequences, columns].astype(np.int64) * page_tokens + offsets

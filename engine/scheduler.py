@@ -12,9 +12,10 @@ from operator import attrgetter
 from typing import Any
 
 from engine.batch import Batch, StepOutput, TokenLogprob
-from engine.batching import Chunk, build_batch
+from engine.batching import Chunk, Layout, build_batch
 from engine.config import SchedulerConfig
 from engine.kv.pages import PagePool
+from engine.lanes import Lanes
 from engine.policy import (
     ADMISSION_POLICIES,
     AdmissionPolicy,
@@ -33,8 +34,8 @@ class Scheduler:
     """`plan()` gives the next batch, `commit()` takes its output; between the two, sequences may be added and aborted.
 
     Invariants: `waiting` and `running` are sorted by order and disjoint. A running sequence has pages for every token
-    it has, except the one page a decode may need next. Samples after the first of a request are held back until the
-    first has computed the prompt, and then share its full pages.
+    it has, except the one page a decode may need next, and is in a lane for as long as it has them. Samples after the
+    first of a request are held back until the first has computed the prompt, and then share its full pages.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._siblings: dict[str, list[Sequence]] = {}
         self._sequences: dict[str, list[Sequence]] = {}
-        self._in_flight: deque[tuple[Batch, list[Chunk]]] = deque()
+        self._lanes = Lanes(page_tokens)
+        self._in_flight: deque[Layout] = deque()
         self._step = 0
         self._steps_back = 0
         self._last_step_tokens = 0
@@ -107,56 +109,72 @@ class Scheduler:
 
     def plan(self) -> Batch | None:
         """The next iteration, or None when nothing can run before a batch in flight comes back."""
-        chunks = self._decodes()
-        budget = self._config.max_batch_tokens - len(chunks)
-        budget = self._prefill_running(chunks, budget)
+        decodes = self._decodes()
+        chunks: list[Chunk] = []
+        budget = self._prefill_running(chunks, self._config.max_batch_tokens - len(decodes))
         self._admit(chunks, budget)
-        if not chunks:
+        if not decodes and not chunks:
             assert self._in_flight or not self.waiting, "sequences wait, and nothing will ever let them in"
             return None
         self._step += 1
-        batch = build_batch(self._step, chunks)
+        layout = build_batch(self._step, self._lanes, decodes, chunks)
+        for sequence in decodes:
+            sequence.num_computed += 1
+            sequence.in_flight = True
         for sequence, count in chunks:
             sequence.num_computed += count
-            self._outstanding -= count
             sequence.in_flight = True
-        self._in_flight.append((batch, chunks))
-        return batch
+        self._outstanding -= layout.batch.num_tokens
+        self._in_flight.append(layout)
+        return layout.batch
 
     def commit(self, output: StepOutput) -> list[Emission]:
         """Books what the oldest planned batch brought back; finished sequences free their pages here."""
-        batch, chunks = self._in_flight.popleft()
+        layout = self._in_flight.popleft()
+        batch = layout.batch
         assert batch.step == output.step, f"step {output.step} came back, {batch.step} was expected"
         self._steps_back += 1
         self._last_step_tokens = batch.num_tokens
-        prompt_logprobs = dict(zip((p.row for p in batch.prompt_logprobs), output.prompt_logprobs, strict=True))
-        drawn = {sample.row: index for index, sample in enumerate(batch.samples)}
-        emissions = []
-        for row, (sequence, count) in enumerate(chunks):
+        self._lanes.append(layout.drawing_lanes, output.token_ids)
+        scored = self._scored(layout, output)
+        plain = not output.failed and not scored
+        emissions: list[Emission] = []
+        for index, (sequence, token_id, logprob) in enumerate(
+            zip(layout.drawing, output.token_ids, output.logprobs, strict=True)
+        ):
             sequence.in_flight = False
             if sequence.status is Status.FINISHED:  # aborted while it was in flight
                 self._release(sequence)
                 continue
-            if sequence.num_computed >= sequence.num_prompt:
+            if self._siblings:
                 self._fork_siblings(sequence)
-            scored = _unreported(sequence, count, prompt_logprobs.get(row, ()))
-            index = drawn.get(row)
-            if index is not None:
-                emissions.append(self._book(sequence, output, index, scored))
-            elif scored:
-                emissions.append(_emission(sequence, prompt_logprobs=scored))
+            tokens, goes_on = sequence.tokens, token_id not in sequence.stop_token_ids
+            if goes_on and len(tokens) + 1 < sequence.max_len and logprob is None and plain:
+                tokens.append(token_id)
+                self._generation_tokens += 1
+                emissions.append(Emission(sequence.request.request_id, sequence.order.sample_index, (token_id,)))
+            else:
+                emissions.append(self._book(sequence, output, index, scored.get(sequence.sequence_id, ())))
+        for sequence in layout.partial:
+            sequence.in_flight = False
+            if sequence.status is Status.FINISHED:
+                self._release(sequence)
+            elif fresh := scored.get(sequence.sequence_id):
+                emissions.append(_emission(sequence, prompt_logprobs=fresh))
         return emissions
 
-    def _decodes(self) -> list[Chunk]:
+    def _decodes(self) -> list[Sequence]:
         """Every running sequence with one token to run, in order, with a page for it."""
-        chunks: list[Chunk] = []
+        decodes: list[Sequence] = []
+        page_tokens = self._page_tokens
         # A copy: preemption removes sequences from `running`, always from behind the one at hand.
         for sequence in list(self.running):
-            if sequence.status is not Status.RUNNING or sequence.in_flight or sequence.num_remaining != 1:
+            length = len(sequence.tokens)
+            if sequence.in_flight or length - sequence.num_computed != 1 or sequence.status is not Status.RUNNING:
                 continue
-            if self._grow(sequence):
-                chunks.append(Chunk(sequence, 1))
-        return chunks
+            if len(sequence.pages) * page_tokens >= length or self._grow(sequence):
+                decodes.append(sequence)
+        return decodes
 
     def _prefill_running(self, chunks: list[Chunk], budget: int) -> int:
         for sequence in self.running:
@@ -189,6 +207,7 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_by_order)
+        self._lanes.enter(sequence)
         self._reserved += self._pages_at_most(sequence)
         if sequence.num_preemptions == 0 and sequence.sample_index == 0:
             self._prompt_tokens += sequence.num_prompt
@@ -218,6 +237,17 @@ class Scheduler:
             stop_token_id=token_id if reason is FinishReason.STOP else None,
         )
 
+    def _scored(self, layout: Layout, output: StepOutput) -> dict[int, tuple[TokenLogprob, ...]]:
+        """Sequence id -> prompt logprobs that were not reported before a preemption; marks them as reported."""
+        scored = {}
+        for row, found in zip(layout.batch.prompt_logprobs, output.prompt_logprobs, strict=True):
+            sequence = layout.sequences[row.row]
+            first = int(layout.batch.positions[layout.batch.cu_seq_q[row.row]])
+            fresh = found[max(0, sequence.num_scored - first) :]
+            sequence.num_scored += len(fresh)
+            scored[sequence.sequence_id] = fresh
+        return scored
+
     # -- pages -------------------------------------------------------------------------------------------------------
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -230,6 +260,7 @@ class Scheduler:
                 self._preempt(sequence)
             return False
         sequence.pages.extend(self.pool.allocate(1))
+        self._lanes.add_page(sequence)
         return True
 
     def _make_room(self, beneficiary: Sequence, count: int, holders: list[Sequence]) -> bool:
@@ -290,6 +321,8 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages = []
+        if sequence.lane >= 0:
+            self._lanes.leave(sequence)
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
@@ -299,14 +332,6 @@ class Scheduler:
 
     def _supply(self) -> Supply:
         return Supply(self.pool.num_pages, self.pool.num_free, len(self.running), self._reserved)
-
-
-def _unreported(sequence: Sequence, count: int, prompt_logprobs: tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...]:
-    """The part of a chunk's prompt logprobs that was not reported before a preemption; marks it as reported."""
-    start = sequence.num_computed - count
-    fresh = prompt_logprobs[max(0, sequence.num_scored - start) :]
-    sequence.num_scored += len(fresh)
-    return fresh
 
 
 def _emission(sequence: Sequence, **what: Any) -> Emission:

@@ -28,8 +28,7 @@ class Request:
     """Lower runs first, as in vLLM."""
 
 
-@dataclass(frozen=True, slots=True)
-class Emission:
+class Emission(NamedTuple):
     """What one iteration brought for one stream of one request. Picklable; crosses processes."""
 
     request_id: str
@@ -88,10 +87,15 @@ class Sequence:
     num_preemptions: int = 0
     num_scored: int = 0
     """Prompt tokens, from the second on, whose logprobs were reported."""
+    lane: int = -1
+    """Its row in the scheduler's `Lanes` while it has one."""
+    num_prompt: int = field(init=False)
+    max_len: int = field(init=False)
+    """Tokens at most, prompt and output."""
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.prompt_token_ids)
+        self.max_len = self.num_prompt + self.max_tokens
 
     @property
     def num_output(self) -> int:

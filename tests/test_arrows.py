@@ -27,6 +27,8 @@ TENSOR_FREE = (
     "engine.kv.pages",
     "engine.sequence",
     "engine.batch",
+    "engine.batching",
+    "engine.lanes",
     "engine.config",
 )
 FOREIGN_TO_ENGINE = {"ray", "fastapi", "starlette", "prometheus_client"}

@@ -51,6 +51,13 @@ def generate(
         typer.Option(help="Makes the run repeatable; every prompt draws differently.", rich_help_panel=_SAMPLING),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel=_ENGINE)] = "auto",
+    quantization: Annotated[
+        str, typer.Option(help="Of the weights at load: w8a8, w4a16, or auto: as they are.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    quantization_group: Annotated[
+        int, typer.Option(help="Channels a scale in w4a16: 32, 64, 128.", rich_help_panel=_ENGINE)
+    ] = 64,
+    kv_dtype: Annotated[str, typer.Option(help="int8, or auto: as the activations.", rich_help_panel=_ENGINE)] = "auto",
     kv_memory: Annotated[str, typer.Option(help='Such as "2GiB", or auto.', rich_help_panel=_ENGINE)] = "auto",
     max_model_len: Annotated[str, typer.Option(help="Tokens, or auto.", rich_help_panel=_ENGINE)] = "auto",
     max_sequences: Annotated[int, typer.Option(help="Prompts run at once.", rich_help_panel=_ENGINE)] = 128,
@@ -91,8 +98,15 @@ def generate(
     }
     defaults = sampling_defaults(model, sampling, tuple(stop or ()), seed)
     config = engine_config(
-        {"model": model, "dtype": dtype, "max_model_len": max_model_len, "threads": threads},
-        {"memory": kv_memory},
+        {
+            "model": model,
+            "dtype": dtype,
+            "quantization": quantization,
+            "quantization_group": quantization_group,
+            "max_model_len": max_model_len,
+            "threads": threads,
+        },
+        {"memory": kv_memory, "dtype": kv_dtype},
         {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens},
     )
     file = PromptFile(prompts, defaults)
@@ -144,13 +158,9 @@ def engine_config(engine: dict[str, Any], kv: dict[str, Any], scheduler: dict[st
 def flag_error(error: Any) -> str:
     """A pydantic error in terms of the flag that caused it."""
     detail = error.errors()[0]
-    names = [part for part in detail["loc"] if isinstance(part, str)]
-    flag = (
-        "--kv-memory"
-        if names[:1] == ["kv"]
-        else "--" + next((n for n in names if n != "scheduler"), "").replace("_", "-")
-    )
-    return f"{flag} {detail['input']}: {detail['msg'].removeprefix('Value error, ')}"
+    names = [part for part in detail["loc"] if isinstance(part, str) and part != "scheduler"]
+    flag = "-".join(names[:2]) if names[:1] == ["kv"] else next(iter(names), "").replace("_", "-")
+    return f"--{flag} {detail['input']}: {detail['msg'].removeprefix('Value error, ')}"
 
 
 def check_prompts(file: "PromptFile") -> None:

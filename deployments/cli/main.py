@@ -24,6 +24,7 @@ COMMANDS = {
         "generate",
         "Run a file of prompts through a model, offline, resumable.",
     ),
+    "quantize": ("deployments.cli.quantize", "quantize", "Write a copy of a model in 8 or 4 bits."),
     "bench": ("deployments.cli.bench", "bench", "Measure a running endpoint: throughput and latencies under load."),
     "version": ("deployments.cli.main", "print_version", "Print the version."),
 }

@@ -36,6 +36,16 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16, float16. [auto]", rich_help_panel=_MODEL)
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Of weights at load: w8a8, w4a16, fp8, or auto: as they are. [auto]", rich_help_panel=_MODEL),
+    ] = None,
+    quantization_group: Annotated[
+        int | None, typer.Option(help="Channels a scale in w4a16: 32, 64, 128. [64]", rich_help_panel=_MODEL)
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help="int8, or auto: as the activations. [auto]", rich_help_panel=_MODEL)
+    ] = None,
     max_model_len: Annotated[str | None, typer.Option(help="Tokens, or auto. [auto]", rich_help_panel=_MODEL)] = None,
     kv_memory: Annotated[
         str | None, typer.Option(help='Such as "2GiB", or auto. [auto]', rich_help_panel=_MODEL)
@@ -49,6 +59,7 @@ def serve(
     admission: Annotated[
         str | None, typer.Option(help="optimistic, or reserve. [optimistic]", rich_help_panel=_MODEL)
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto. [auto]", rich_help_panel=_MODEL)] = None,
     threads: Annotated[
         str | None, typer.Option(help="Of the arithmetic, per replica, or auto. [auto]", rich_help_panel=_MODEL)
     ] = None,
@@ -65,6 +76,8 @@ def serve(
       manta serve ./my-model --replicas 2 --port 9000
 
       manta serve org/name --kv-memory 4GiB --max-model-len 4096
+
+      manta serve ./my-model --quantization w8a8 --kv-dtype int8
     """
     from deployments.launcher import LaunchOptions, launch
 
@@ -75,9 +88,13 @@ def serve(
         "engine.model": model,
         "engine.revision": revision,
         "engine.dtype": dtype,
+        "engine.quantization": quantization,
+        "engine.quantization_group": quantization_group,
         "engine.max_model_len": max_model_len,
+        "engine.device": device,
         "engine.threads": threads,
         "engine.kv.memory": kv_memory,
+        "engine.kv.dtype": kv_dtype,
         "engine.scheduler.max_sequences": max_sequences,
         "engine.scheduler.max_batch_tokens": max_batch_tokens,
         "engine.scheduler.admission": admission,

@@ -1,6 +1,14 @@
-"""The few operators that torch does not fuse: one protocol, a plain torch implementation, later C and CUDA ones."""
+"""The arithmetic of a decoder: one protocol, a plain torch implementation, one in C for CPUs, one for CUDA."""
 
-from engine.kernels.operators import AttentionLayout, Operators, StepAttention
+from engine.kernels.operators import AttentionLayout, Embedding, Linear, Operators, QKNorm, StepAttention
 from engine.kernels.reference import ReferenceOperators
 
-__all__ = ["AttentionLayout", "Operators", "ReferenceOperators", "StepAttention"]
+__all__ = [
+    "AttentionLayout",
+    "Embedding",
+    "Linear",
+    "Operators",
+    "QKNorm",
+    "ReferenceOperators",
+    "StepAttention",
+]

@@ -1,15 +1,34 @@
-"""The operator boundary: what a decoder asks of the device besides matrix products and embeddings.
+"""The operator boundary: everything that a decoder asks of the device.
 
 An implementation owns the arithmetic of these operators and nothing else: it knows no model, no sequence and no policy.
-`ReferenceOperators` is the oracle of the others.
+`ReferenceOperators` is the oracle of the others. What a decoder holds for a whole life (linear layers, embeddings) is
+prepared once, in whatever form the device likes best, and then called.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from engine.kv.cache import KVPages
 from engine.models.spec import Activation
+from engine.quant.weights import Weight
+
+Linear = Callable[[Tensor], Tensor]
+"""[T, in] to [T, out]."""
+Embedding = Callable[[Tensor], Tensor]
+"""[T] int64 row numbers to [T, width]."""
+
+
+class QKNorm(NamedTuple):
+    """RMSNorm of every query and key head before rotation (Qwen3)."""
+
+    q_weight: Tensor
+    """[head_dim]."""
+    k_weight: Tensor
+    eps: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,27 +57,47 @@ class AttentionLayout:
 
 
 class StepAttention(Protocol):
-    """Attention over the paged cache for one step; whatever depends on the layout alone was prepared when it was made.
+    """Attention over the paged cache for one step; what depends on the layout alone was prepared when it was made."""
 
-    `k_pages` and `v_pages` are one layer of the cache: [pages, page_tokens, KV, D], strided.
-    """
+    def write(self, qkv: Tensor, cos_sin: Tensor | None, k: KVPages, v: KVPages, norm: QKNorm | None = None) -> Tensor:
+        """Normalises and rotates queries and keys, stores keys and values at the layout's slots.
 
-    def write(self, qkv: Tensor, cos_sin: Tensor | None, k_pages: Tensor, v_pages: Tensor) -> Tensor:
-        """Rotates queries and keys and stores keys and values at the layout's slots; returns the queries [T, H, D].
-
-        `qkv` is [T, (H + 2 KV) * D]: query heads, key heads, value heads. `cos_sin` is [T, rotary_dim] float32,
-        cosines then sines, for the pairs (i, i + rotary_dim / 2) of each head; None rotates nothing.
+        `qkv` is [T, (H + 2 KV) * D]: query heads, key heads, value heads; it may be overwritten. `cos_sin` is
+        [T, rotary_dim] float32, cosines then sines, for the pairs (i, i + rotary_dim / 2) of each head; None rotates
+        nothing. Returns the queries [T, H, D], which may be a view of `qkv`.
         """
 
-    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, *, scale: float, window: int | None) -> Tensor:
-        """Causal attention of [T, H, D] queries to their own sequences' keys; returns [T, H, D].
+    def attend(self, q: Tensor, k: KVPages, v: KVPages, *, scale: float, window: int | None) -> Tensor:
+        """Causal attention of [T, H, D] queries to their own sequences' keys; returns [T, H, D], contiguous.
 
         With a `window`, a query sees itself and the `window - 1` keys before it.
         """
 
 
 class Operators(Protocol):
-    """Element-wise and reducing operators on a flat token axis. Results have the dtype of `x`."""
+    """Operators on a flat axis of T tokens. Results have the dtype of `x` unless said otherwise."""
+
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        gate: Activation | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Linear:
+        """Prepares `x @ weight.T + bias`.
+
+        With `gate` the weight's rows are [gate; up], and the result is `gate(x) * up` (Shazeer, 2020), [T, out / 2].
+        """
+
+    def embedding(self, table: Tensor) -> Embedding:
+        """Prepares a lookup of rows of [rows, width], in the table's dtype."""
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+        """A lookup of the rows of the weight of `head`, which `linear` made: nothing is held twice."""
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        """a + b of one shape."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """RMSNorm (Zhang & Sennrich, 2019) of `x + residual` over the last axis, in float32.
@@ -70,9 +109,6 @@ class Operators(Protocol):
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """LayerNorm of `x + residual` over the last axis; returns the normalised values and the sum."""
-
-    def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """`activation(gate) * up` of [T, 2 I], gate first, to [T, I] (Shazeer, 2020)."""
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         """The activation alone."""

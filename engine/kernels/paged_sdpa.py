@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.operators import AttentionLayout
+from engine.kv.cache import KVPages
 
 _SMALL_PAGES = 8
 """Up to this many pages, padding is cheaper than another call."""
@@ -59,13 +60,12 @@ class DecodeKeys:
         rows = layout.cu_seq_q[index].to(torch.int64)
         return DecodeKeys(rows, pages.flatten(), _bias(visible, dtype)[:, None, None, :])
 
-    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: KVPages, v: KVPages, scale: float) -> Tensor:
         """[B, H, D] queries to [B, H, D]."""
         batch, heads, head_dim = q.shape
-        kv_heads = k_pages.shape[2]
+        kv_heads = k.values.shape[2]
         keys, values = (
-            pages.index_select(0, self.pages).view(batch, -1, kv_heads, head_dim).transpose(1, 2)
-            for pages in (k_pages, v_pages)
+            gather(pages, self.pages, q.dtype).view(batch, -1, kv_heads, head_dim).transpose(1, 2) for pages in (k, v)
         )
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.bias, scale=scale)
@@ -106,23 +106,31 @@ class ChunkKeys:
         pages = layout.page_table[sequence, first_page:end_page].to(torch.int64)
         return ChunkKeys(slice(start, start + num_queries), pages, length - first_key, bias)
 
-    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float) -> Tensor:
+    def attend(self, q: Tensor, k: KVPages, v: KVPages, scale: float) -> Tensor:
         """[N, H, D] queries to [N, H, D]."""
         num_queries, heads, head_dim = q.shape
-        kv_heads = k_pages.shape[2]
+        kv_heads = k.values.shape[2]
         keys, values = (
-            pages.index_select(0, self.pages)
+            gather(pages, self.pages, q.dtype)
             .view(-1, kv_heads, head_dim)[: self.num_keys]
             .transpose(0, 1)
             .unsqueeze(1)
             .expand(kv_heads, heads // kv_heads, self.num_keys, head_dim)
-            for pages in (k_pages, v_pages)
+            for pages in (k, v)
         )
         grouped = q.view(num_queries, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
         out = F.scaled_dot_product_attention(
             grouped, keys, values, attn_mask=self.bias, is_causal=self.bias is None, scale=scale
         )
-        return out.permute(2, 0, 1, 3).reshape(num_queries, heads, head_dim)
+        return out.permute(2, 0, 1, 3).reshape(num_queries, heads, head_dim).contiguous()
+
+
+def gather(pages: KVPages, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pages by number, [N, page_tokens, kv_heads, head_dim] of `dtype`, dequantized where the cache is int8."""
+    values = pages.values.index_select(0, index)
+    if pages.scales is None:
+        return values
+    return (values * pages.scales.index_select(0, index).unsqueeze(-1)).to(dtype)
 
 
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:

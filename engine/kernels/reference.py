@@ -1,14 +1,17 @@
 """The operators in plain torch: the oracle of the fused implementations, and what runs where none is available."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operators import AttentionLayout
+from engine.kernels.operators import AttentionLayout, Embedding, Linear, QKNorm
 from engine.kernels.paged_sdpa import ChunkKeys, DecodeKeys, group_decodes
+from engine.kv.cache import KVPages
 from engine.models.spec import Activation
+from engine.quant.weights import Int4Weight, Int8Weight, Weight
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -21,6 +24,27 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class ReferenceOperators:
     """`engine.kernels.Operators` on any torch device and dtype."""
 
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        gate: Activation | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Linear:
+        return ReferenceLinear(weight, bias, gate, out_dtype)
+
+    def embedding(self, table: Tensor) -> Embedding:
+        return lambda ids: F.embedding(ids, table)
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+        assert isinstance(head, ReferenceLinear)
+        weight = head.weight
+        return lambda ids: weight_rows(weight, ids, dtype)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
         return F.rms_norm(total, (total.shape[-1],), weight, eps), total
@@ -31,15 +55,92 @@ class ReferenceOperators:
         total = x if residual is None else x + residual
         return F.layer_norm(total, (total.shape[-1],), weight, bias, eps), total
 
-    def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _ACTIVATIONS[activation](gate) * up
-
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return _ACTIVATIONS[activation](x)
 
     def attention(self, layout: AttentionLayout) -> "PagedAttention":
         return PagedAttention(layout)
+
+
+class ReferenceLinear:
+    """`x @ weight.T + bias`, gated if asked for; integer weights mean what `engine.quant.weights` says."""
+
+    def __init__(
+        self, weight: Weight, bias: Tensor | None, gate: Activation | None, out_dtype: torch.dtype | None
+    ) -> None:
+        self.weight = weight
+        self._bias = bias
+        self._gate = gate
+        self._out_dtype = out_dtype
+        self._dense = weight if isinstance(weight, Tensor) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, Int8Weight):
+            y = multiply_int8(x, self.weight)
+            y = y if self._bias is None else y + self._bias
+        else:
+            y = F.linear(x, self._dense_weight(x.dtype), self._bias)
+        if self._gate is not None:
+            gate, up = y.chunk(2, dim=-1)
+            y = _ACTIVATIONS[self._gate](gate) * up
+        return y.to(self._out_dtype or x.dtype)
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, in]; 4-bit weights are dequantized at the first call, which is what tells the run's dtype."""
+        if self._dense is None or self._dense.dtype != dtype:
+            assert isinstance(self.weight, Int4Weight), f"activations of {dtype} meet a dense weight of another dtype"
+            self._dense = self.weight.dequantize().to(dtype)
+        return self._dense
+
+
+def multiply_int8(x: Tensor, weight: Int8Weight) -> Tensor:
+    """[T, in] by an 8-bit weight: [T, out] float32. The integer sums are exact; only the scaling rounds."""
+    values, scale = quantize_rows(x)
+    if x.device.type == "cpu":
+        sums = torch._int_mm(values, weight.values.T)
+    else:
+        sums = values.to(torch.float64) @ weight.values.T.to(torch.float64)
+    return sums.to(torch.float32) * scale * weight.scale
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., N] to int8 values in [-127, 127] and their scale [..., 1] float32: symmetric, max|x| / 127, half to even.
+
+    A row of zeros has scale 0.
+    """
+    x = x.to(torch.float32)
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127.0
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    return (x * inverse).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def weight_rows(weight: Weight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight by number: [T] to [T, in] of `dtype`."""
+    if isinstance(weight, Tensor):
+        return F.embedding(ids, weight).to(dtype)
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.values[ids], weight.scale[ids]).dequantize().to(dtype)
+    zero = None if weight.zero is None else weight.zero[ids]
+    return replace(weight, packed=weight.packed[ids], scale=weight.scale[ids], zero=zero).dequantize().to(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slots:
+    """Where tokens go in the pages of any layer."""
+
+    pages: Tensor
+    """[T] int64."""
+    offsets: Tensor
+    """[T] int64."""
+
+    def store(self, heads: Tensor, into: KVPages) -> None:
+        """Stores keys or values [T, kv_heads, head_dim], quantized where the cache is."""
+        if into.scales is None:
+            into.values[self.pages, self.offsets] = heads
+            return
+        values, scale = quantize_rows(heads)
+        into.values[self.pages, self.offsets] = values
+        into.scales[self.pages, self.offsets] = scale.squeeze(-1)
 
 
 class PagedAttention:
@@ -51,31 +152,31 @@ class PagedAttention:
 
     def __init__(self, layout: AttentionLayout) -> None:
         self._layout = layout
-        self._slot_pages = torch.div(layout.slots, layout.page_tokens, rounding_mode="floor")
-        self._slot_offsets = layout.slots % layout.page_tokens
+        self._slots = _Slots(
+            torch.div(layout.slots, layout.page_tokens, rounding_mode="floor"), layout.slots % layout.page_tokens
+        )
         self._keys: dict[tuple[int | None, torch.dtype], list[DecodeKeys | ChunkKeys]] = {}
 
-    def write(self, qkv: Tensor, cos_sin: Tensor | None, k_pages: Tensor, v_pages: Tensor) -> Tensor:
-        kv_heads, head_dim = k_pages.shape[2:]
+    def write(self, qkv: Tensor, cos_sin: Tensor | None, k: KVPages, v: KVPages, norm: QKNorm | None = None) -> Tensor:
+        kv_heads, head_dim = k.values.shape[2:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)
         num_query_heads = heads.shape[1] - 2 * kv_heads
-        queries_keys, values = heads.split((num_query_heads + kv_heads, kv_heads), dim=1)
-        if cos_sin is not None:
-            queries_keys = rotate(queries_keys, cos_sin)
-        queries, keys = queries_keys.split((num_query_heads, kv_heads), dim=1)
-        k_pages[self._slot_pages, self._slot_offsets] = keys
-        v_pages[self._slot_pages, self._slot_offsets] = values
+        queries, keys, values = heads.split((num_query_heads, kv_heads, kv_heads), dim=1)
+        queries = turn(queries, cos_sin, None if norm is None else norm.q_weight, 0.0 if norm is None else norm.eps)
+        keys = turn(keys, cos_sin, None if norm is None else norm.k_weight, 0.0 if norm is None else norm.eps)
+        self._slots.store(keys, k)
+        self._slots.store(values, v)
         return queries
 
-    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: KVPages, v: KVPages, *, scale: float, window: int | None) -> Tensor:
         keys = self._keys.get((window, q.dtype))
         if keys is None:
             keys = self._keys[window, q.dtype] = self._plan(window, q.dtype)
         if len(keys) == 1:
-            return keys[0].attend(q, k_pages, v_pages, scale)
+            return keys[0].attend(q, k, v, scale)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for part in keys:
-            out[part.rows] = part.attend(q[part.rows], k_pages, v_pages, scale)
+            out[part.rows] = part.attend(q[part.rows], k, v, scale)
         return out
 
     def _plan(self, window: int | None, dtype: torch.dtype) -> list[DecodeKeys | ChunkKeys]:
@@ -94,6 +195,16 @@ def visible_pages(layout: AttentionLayout, row: int, window: int | None) -> int:
     last = layout.lens[row] - 1
     first = 0 if window is None else max(0, last - window + 1)
     return last // layout.page_tokens - first // layout.page_tokens + 1
+
+
+def turn(x: Tensor, cos_sin: Tensor | None, norm_weight: Tensor | None, eps: float) -> Tensor:
+    """Normalises and rotates the heads of [T, N, D] in float32, rounding once to their dtype."""
+    heads = x
+    if norm_weight is not None:
+        heads = F.rms_norm(x.to(torch.float32), (x.shape[-1],), norm_weight.to(torch.float32), eps)
+    if cos_sin is not None:
+        heads = rotate(heads, cos_sin)
+    return heads.to(x.dtype)
 
 
 def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:

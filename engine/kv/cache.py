@@ -2,18 +2,38 @@
 
 import math
 import mmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from engine.models.spec import ModelSpec
 
+SCALE_BYTES = 4
+"""A float32 scale for each token and head of an int8 cache."""
+
+
+class KVPages(NamedTuple):
+    """The keys, or the values, of one layer: strided views of all pages."""
+
+    values: Tensor
+    """[pages, page_tokens, kv_heads, head_dim]; the tokens of one page are contiguous."""
+    scales: Tensor | None = None
+    """[pages, page_tokens, kv_heads] float32 for int8 values: value = values * scales. None for floats."""
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token keeps in a cache of this dtype, over all layers."""
+    head_bytes = spec.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
+    return spec.layers * 2 * spec.kv_heads * head_bytes
+
 
 class PagedKVCache:
-    """Page-major cache [pages, layers, 2, page_tokens, kv_heads, head_dim]: keys at index 0 of the third axis.
+    """Page-major cache: [pages, layers, 2, page_tokens, kv_heads, head_dim], keys at index 0 of the third axis.
 
-    One page of one sequence is one contiguous run over all layers, so that offload, transfer, checksum and migration
-    are single copies. It starts as zeros; on the CPU the system commits memory only as pages are first written.
+    One page of one sequence is one contiguous run of bytes over all layers, so that offload, transfer, checksum and
+    migration are single copies. With int8, the values of a layer's page are followed by their scales. It starts as
+    zeros; on the CPU the system commits memory only as pages are first written.
     """
 
     def __init__(
@@ -24,40 +44,51 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_pages, spec.layers, 2, page_tokens, spec.kv_heads, spec.head_dim)
+        """`dtype` is a floating type, or int8 for values quantized per token and head."""
+        self.dtype = dtype
+        self.page_tokens = page_tokens
+        self._heads = (page_tokens, spec.kv_heads, spec.head_dim)
+        self._value_bytes = math.prod(self._heads) * dtype.itemsize
+        half_bytes = page_tokens * kv_bytes_per_token(spec, dtype) // (2 * spec.layers)
+        shape = (num_pages, spec.layers, 2, half_bytes)
         on_cpu = torch.device(device).type == "cpu"
-        self.pages = _untouched_zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
+        self.pages = _untouched_zeros(shape) if on_cpu else torch.zeros(shape, dtype=torch.uint8, device=device)
+        """[pages, layers, 2, bytes] uint8."""
 
     @property
     def num_pages(self) -> int:
         return self.pages.shape[0]
 
     @property
-    def page_tokens(self) -> int:
-        return self.pages.shape[3]
-
-    @property
     def page_bytes(self) -> int:
-        return self.pages[0].numel() * self.pages.element_size()
+        return self.pages[0].numel()
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer: two strided views [pages, page_tokens, kv_heads, head_dim]."""
-        return self.pages[:, index, 0], self.pages[:, index, 1]
+    def layer(self, index: int) -> tuple[KVPages, KVPages]:
+        """Keys and values of one layer."""
+        return self._half(self.pages[:, index, 0]), self._half(self.pages[:, index, 1])
 
     def clear(self, page_ids: Tensor) -> None:
         """Zeroes whole pages ([N] int64), so that slots not written yet hold finite values whoever used them before."""
         self.pages.index_fill_(0, page_ids, 0)
 
+    def _half(self, half: Tensor) -> KVPages:
+        values = half[:, : self._value_bytes].view(self.dtype).unflatten(1, self._heads)
+        if self.dtype != torch.int8:
+            return KVPages(values)
+        return KVPages(values, half[:, self._value_bytes :].view(torch.float32).unflatten(1, self._heads[:2]))
 
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros in memory that is reserved and not yet taken.
+
+def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
+    """Zero bytes in memory that is reserved and not yet taken, in large pages where the system has them.
 
     `torch.zeros` writes its zeros, which would take the whole budget at start, seconds for each gigabyte.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
+    num_bytes = math.prod(shape)
     # Private: Python's default, shared memory, is counted against /dev/shm in containers.
     if hasattr(mmap, "MAP_ANONYMOUS"):
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
         memory = mmap.mmap(-1, num_bytes)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.models.families import Family, family_of, supported_architectures
+from engine.quant.config import CheckpointFormat, UnsupportedQuantization, read_quantization
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -23,9 +24,17 @@ def find_family(path: Path) -> Family:
     if family is None:
         supported = ", ".join(supported_architectures())
         raise ModelError(f"{file}: architecture {architectures[0]!r} is not supported; supported are {supported}")
-    if raw.get("quantization_config") is not None:
-        raise ModelError(f"{file}: quantized checkpoints (quantization_config) are not supported; use the original")
+    find_quantization(path)
     return family
+
+
+def find_quantization(path: Path) -> CheckpointFormat | None:
+    """How the directory's weights are quantized, None if they are not. Raises ModelError, naming what is supported."""
+    file = path / CONFIG
+    try:
+        return read_quantization(read_json(file))
+    except UnsupportedQuantization as error:
+        raise ModelError(f"{file}: {error}") from error
 
 
 def load_eos_token_ids(path: Path) -> tuple[int, ...]:

@@ -1,20 +1,45 @@
-"""From a model directory to a ready decoder. What is wrong with it is a `ModelError`: one line that names the file."""
+"""From a model directory to what a decoder is built of.
 
+What is wrong with a directory is a `ModelError`: one line that names the file.
+"""
+
+import logging
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from engine.config import DType
+from engine.config import Auto, DType
 from engine.errors import ModelError
+from engine.kernels import Operators, ReferenceOperators
 from engine.models.decoder import Decoder
-from engine.models.directory import CONFIG, find_family
+from engine.models.directory import CONFIG, find_family, find_quantization
 from engine.models.families import Family, UnsupportedConfig
+from engine.models.parameters import Form, read_parameters
 from engine.models.spec import ModelSpec
-from engine.models.weights import Checkpoint, fill_parameters
+from engine.models.weights import Checkpoint
+from engine.quant.config import CheckpointFormat, Scheme
+from engine.quant.weights import Weight, weight_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model's parameters, ready to be taken by a `Decoder`."""
+
+    spec: ModelSpec
+    parameters: MutableMapping[str, Weight]
+    """Every name of `spec.parameter_shapes()`. The decoder takes them out, so that nothing is held twice."""
+    dtype: torch.dtype
+    """Of the activations, and of every parameter that is not quantized."""
+    num_bytes: int
+    """Of all parameters."""
 
 
 def load_spec(path: Path) -> ModelSpec:
@@ -22,17 +47,54 @@ def load_spec(path: Path) -> ModelSpec:
     return _read_spec(path, find_family(path))[0]
 
 
-def load_model(path: Path, dtype: torch.dtype | DType = "auto", device: torch.device | str = "cpu") -> Decoder:
-    """Loads a model directory to run in `dtype`; "auto" is the checkpoint's.
+def load_parameters(
+    path: Path,
+    dtype: torch.dtype | DType = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    quantization: Scheme | Auto = "auto",
+    group: int = 64,
+) -> LoadedModel:
+    """Loads a model directory to run in `dtype`.
 
-    Memory peaks at the weights in the run's dtype plus about 70 MiB of mapped file. Raises ModelError.
+    A `dtype` of "auto" is the checkpoint's, on a CPU bfloat16 in place of float16. A `quantization` of "auto" leaves
+    the weights as the checkpoint has them; any other turns full ones into that form as they are read, in groups of
+    `group` input channels where they are of 4 bits. For a checkpoint that is quantized already it must be the same,
+    and then turns its dense head into 8 bits too. Memory peaks at the parameters plus about 70 MiB of mapped file.
+    Raises ModelError.
     """
     family = find_family(path)
+    layout = find_quantization(path)
+    scheme = None if quantization == "auto" else quantization
+    _check_scheme(path, layout, scheme)
     spec, config = _read_spec(path, family)
+    run_dtype = _run_dtype(dtype, config, path, torch.device(device))
     checkpoint = Checkpoint(path)
-    pieces = family.pieces(spec, checkpoint.names)
-    run_dtype = _run_dtype(dtype, config, path)
-    return Decoder(spec, fill_parameters(checkpoint, spec.parameter_shapes(), pieces, run_dtype, device))
+    form = Form(run_dtype, device, scheme, group, layout=layout)
+    parameters = read_parameters(checkpoint, spec, family.pieces(spec, checkpoint.names), form)
+    return LoadedModel(spec, parameters, run_dtype, sum(map(weight_bytes, parameters.values())))
+
+
+def load_model(
+    path: Path,
+    dtype: torch.dtype | DType = "auto",
+    device: torch.device | str = "cpu",
+    *,
+    quantization: Scheme | Auto = "auto",
+    group: int = 64,
+    operators: Operators | None = None,
+) -> Decoder:
+    """A decoder of what `load_parameters` loads, on the reference operators unless others are given."""
+    loaded = load_parameters(path, dtype, device, quantization=quantization, group=group)
+    return Decoder(loaded.spec, loaded.parameters, operators or ReferenceOperators(), loaded.dtype)
+
+
+def _check_scheme(path: Path, layout: CheckpointFormat | None, scheme: Scheme | None) -> None:
+    if layout is not None and scheme is not None and layout.scheme != scheme:
+        raise ModelError(
+            f"{path / CONFIG}: the checkpoint is quantized already, to {layout.scheme}; it cannot be loaded as "
+            f"{scheme}: leave quantization at auto, or use the full checkpoint"
+        )
 
 
 def _read_spec(path: Path, family: Family) -> tuple[ModelSpec, dict[str, Any]]:
@@ -48,7 +110,7 @@ def _read_spec(path: Path, family: Family) -> tuple[ModelSpec, dict[str, Any]]:
         raise ModelError(f"{file}: not a valid configuration: {reason}") from error
 
 
-def _run_dtype(dtype: torch.dtype | DType, config: dict[str, Any], path: Path) -> torch.dtype:
+def _run_dtype(dtype: torch.dtype | DType, config: dict[str, Any], path: Path, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -56,4 +118,7 @@ def _run_dtype(dtype: torch.dtype | DType, config: dict[str, Any], path: Path) -
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in _DTYPES:
         raise ModelError(f"{path / CONFIG}: dtype {name!r} cannot be run; choose one of {', '.join(_DTYPES)}")
+    if name == "float16" and device.type == "cpu":
+        logger.info("%s: a float16 checkpoint runs in bfloat16, which CPUs have instructions for", path)
+        return torch.bfloat16
     return _DTYPES[name]

@@ -34,6 +34,22 @@ class Rope:
             case _:
                 self._amplitude = 1.0
 
+    @property
+    def dim(self) -> int:
+        """Values of each head that are rotated."""
+        return self._spec.rotary_dim
+
+    @property
+    def amplitude(self) -> float:
+        """Multiplies cosines and sines."""
+        return self._amplitude
+
+    @property
+    def fixed_frequencies(self) -> Tensor | None:
+        """[dim / 2] float32 where the angles are a function of the position alone; else None."""
+        depends_on_context = isinstance(self._spec.scaling, DynamicScaling | LongRopeScaling)
+        return None if depends_on_context else self._inv_freq
+
     def cos_sin(self, positions: Tensor, contexts: Tensor) -> Tensor:
         """Cosines, then sines, of every token: [T] and [T] int64 to [T, rotary_dim] float32.
 

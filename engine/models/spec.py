@@ -133,10 +133,6 @@ class ModelSpec:
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
 
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """Bytes of keys and values that one token keeps in the cache, over all layers."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * dtype_bytes
-
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the decoder by name, in the order of use. Linear weights are [out, in]."""
         width = self.embedding_dim or self.hidden

@@ -1,12 +1,11 @@
-"""From the tensors of a safetensors checkpoint to the parameters of a decoder, without ever holding both in full.
+"""The tensors of a safetensors checkpoint, row by row or whole, without ever holding a whole file in memory.
 
-Owns reading: memory-mapped files, row slices, and what can be wrong with them. Which tensor goes where is a family's
-knowledge (`Piece`); what the parameters are called and how large they are is the spec's.
+Owns reading: memory-mapped files, row slices, and what can be wrong with them. Knows no family and no parameter.
 """
 
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import ModelError
-from engine.models.pieces import Piece, Run
+from engine.models.pieces import Run
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -23,10 +22,7 @@ _MAPPED_SHARE = 20
 """A file is mapped anew after this fraction, 1 / _MAPPED_SHARE, of all bytes; within the two bounds that follow."""
 _MIN_MAPPED_BYTES, _MAX_MAPPED_BYTES = 4 * 2**20, 64 * 2**20
 _SLICE_BYTES = 4 * 2**20
-_BUFFER_SUFFIXES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-"""Constants that old checkpoints saved among the weights: rotary frequencies and causal masks."""
-
-logger = logging.getLogger(__name__)
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:
@@ -47,19 +43,48 @@ class Checkpoint:
     def names(self) -> frozenset[str]:
         return frozenset(self._files)
 
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises ModelError unless the tensor is there with that shape."""
+    def check(self, name: str, *shapes: tuple[int, ...]) -> None:
+        """Raises ModelError unless the tensor is there with one of these shapes, if any are given."""
         if name not in self._files:
             raise ModelError(f"{self.origin}: tensor {name!r} is missing; the model's config asks for it")
         found = tuple(self._slice(name).get_shape())
-        if found != shape:
-            raise ModelError(f"{self._files[name]}: tensor {name!r} has shape {found}; the config asks for {shape}")
+        if shapes and found not in shapes:
+            expected = " or ".join(map(str, shapes))
+            raise self.error(name, f"has shape {found}; the config asks for {expected}")
+
+    def check_is_float(self, name: str) -> None:
+        """Raises ModelError for integers, which are no weights unless the config says in what format."""
+        dtype = self._slice(name).get_dtype()
+        if dtype not in _FLOATS:
+            raise self.error(name, f"holds {dtype}, yet config.json does not declare it as quantized")
+
+    def error(self, name: str, reason: str) -> ModelError:
+        return ModelError(f"{self._files[name]}: tensor {name!r} {reason}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._slice(name)[:0].dtype
+
+    def read(self, name: str, *shapes: tuple[int, ...]) -> Tensor:
+        """The whole tensor, as `check` and `row_slices` would have it."""
+        self.check(name, *shapes)
+        shape = self.shape(name)
+        if not shape:
+            raise self.error(name, "is a single number; expected rows")
+        whole = torch.empty(0)
+        for start, rows in self.row_slices(name, Run(0, 0, shape[0])):
+            if start == 0:
+                whole = torch.empty(shape, dtype=rows.dtype)
+            whole[start : start + len(rows)] = rows
+        return whole
 
     def row_slices(self, name: str, run: Run) -> Iterator[tuple[int, Tensor]]:
         """Yields (row within the run, rows) in slices of a few MiB. A slice is valid until the next one is taken.
 
         Pages of a mapped file count as resident once read, so the file is mapped anew now and then: otherwise loading
-        would peak at twice the weights.
+        would peak at twice the weights. Raises ModelError at a value that is NaN or infinite.
         """
         shape = self._slice(name).get_shape()
         row_elements = max(1, int(torch.Size(shape[1:]).numel()))
@@ -67,6 +92,9 @@ class Checkpoint:
         for start in range(0, run.rows, step):
             stop = min(start + step, run.rows)
             rows = self._slice(name)[run.source + start : run.source + stop]
+            if not _is_finite(rows):
+                bad = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1).logical_not().nonzero()
+                raise self.error(name, f"is NaN or infinite in row {run.source + start + int(bad[0])}")
             self._bytes_read += rows.numel() * rows.element_size()
             yield start, rows
             del rows
@@ -86,37 +114,6 @@ class Checkpoint:
             return self._handle.get_slice(name)
         except SafetensorError as error:
             raise ModelError(f"{file}: tensor {name!r} is missing, though {_INDEX} places it here") from error
-
-
-def fill_parameters(
-    checkpoint: Checkpoint,
-    shapes: Mapping[str, tuple[int, ...]],
-    pieces: Iterable[Piece],
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> dict[str, Tensor]:
-    """Allocates every parameter in the run's dtype and copies the pieces into place, converting slice by slice.
-
-    Every piece is checked before anything is allocated, so that a wrong checkpoint fails in milliseconds.
-    """
-    pieces = list(pieces)
-    for piece in pieces:
-        checkpoint.check(piece.source, piece.shape)
-    unused = checkpoint.names - {piece.source for piece in pieces}
-    unexpected = sorted(name for name in unused if not name.endswith(_BUFFER_SUFFIXES))
-    if unexpected:
-        logger.warning("%s: %d tensors are not used: %s", checkpoint.origin, len(unexpected), ", ".join(unexpected[:5]))
-    parameters = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-    for piece in pieces:
-        parameter = parameters[piece.target]
-        for run in piece.runs:
-            for start, rows in checkpoint.row_slices(piece.source, run):
-                if piece.transposed:
-                    parameter[:, run.target + start :][:, : len(rows)].copy_(rows.T)
-                else:
-                    parameter[run.target + start :][: len(rows)].copy_(rows)
-    checkpoint.close()
-    return parameters
 
 
 def _locate(folder: Path) -> dict[str, Path]:
@@ -149,6 +146,14 @@ def _open(file: Path) -> Any:
         raise ModelError(
             f"{file}: not a complete safetensors file ({error}); it may be truncated: download or copy it again"
         ) from error
+
+
+def _is_finite(rows: Tensor) -> bool:
+    """One vectorised pass without temporaries: both extremes of values with a NaN among them are NaN."""
+    if not rows.is_floating_point() or rows.numel() == 0:
+        return True
+    low, high = torch.aminmax(rows)
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _nothing_to_load(folder: Path) -> str:

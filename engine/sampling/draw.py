@@ -4,14 +4,20 @@ Each row takes the cheapest road that is exact for its filters; only a top_k nea
 Knows neither history nor where the random numbers come from.
 """
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.sampling.reductions import block_total, first_above, first_above_in_blocks, k_largest, padded_length
-from engine.sampling_params import SamplingParams
+from engine.sampling.reductions import (
+    Reductions,
+    block_total,
+    first_above,
+    first_above_in_blocks,
+    padded_length,
+)
 
 _LEADING = 64
 """Most nuclei of a trained model fit in this many tokens, and finding them costs little more than finding one."""
@@ -41,24 +47,24 @@ class Rows:
     """float64."""
 
     @classmethod
-    def of(cls, logits: Tensor, best: Tensor, uniform: Tensor, params: SequenceOf[SamplingParams]) -> "Rows":
-        """Rows of positive temperature; `best` and `uniform` are [R]."""
+    def of(cls, logits: Tensor, best: Tensor, uniform: Tensor, settings: NDArray[np.void]) -> "Rows":
+        """Rows of positive temperature; `best` and `uniform` are [R], `settings` [R] of `engine.batch.SETTINGS`."""
         vocabulary = logits.shape[1]
         # Outside float32's normal range a temperature would become 0 or inf, and the weights NaN.
-        temperatures = [min(max(p.temperature, _FLOAT32.tiny), _FLOAT32.max) for p in params]
-        top_k = [min(p.top_k or vocabulary, vocabulary) for p in params]
+        temperature = settings["temperature"].clip(_FLOAT32.tiny, _FLOAT32.max)
+        top_k = settings["top_k"].clip(max=vocabulary)
 
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(logits.device)[:, None]
+        def column(values: NDArray[np.generic], dtype: type[np.generic]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(values, dtype)).to(logits.device)[:, None]
 
         return cls(
             logits,
             best[:, None],
             uniform[:, None],
-            column(temperatures, torch.float32),
-            column([p.min_p for p in params], torch.float32),
-            column(top_k, torch.int64),
-            column([p.top_p for p in params], torch.float64),
+            column(temperature, np.float32),
+            column(settings["min_p"], np.float32),
+            column(np.where(top_k == 0, vocabulary, top_k), np.int64),
+            column(settings["top_p"], np.float64),
         )
 
     def take(self, rows: Tensor) -> "Rows":
@@ -84,7 +90,7 @@ class Rows:
         return weights
 
 
-def draw(rows: Rows) -> Tensor:
+def draw(rows: Rows, reductions: Reductions) -> Tensor:
     """Draws one token of each row, as ids [R] int64."""
     vocabulary = rows.logits.shape[1]
     ids = torch.empty(len(rows.logits), dtype=torch.int64, device=rows.logits.device)
@@ -98,17 +104,17 @@ def draw(rows: Rows) -> Tensor:
     for members, method in groups:
         if members.any():
             where = members.squeeze(1).nonzero().squeeze(1)
-            ids[where] = method(rows.take(where))
+            ids[where] = method(rows.take(where), reductions)
     return ids
 
 
-def _draw_from_all(rows: Rows) -> Tensor:
+def _draw_from_all(rows: Rows, reductions: Reductions) -> Tensor:
     return first_above_in_blocks(rows.all_weights(), rows.uniform)
 
 
-def _draw_from_top_k(rows: Rows) -> Tensor:
+def _draw_from_top_k(rows: Rows, reductions: Reductions) -> Tensor:
     k = int(rows.top_k.max())
-    values, candidates = k_largest(rows.logits, k)
+    values, candidates = reductions.k_largest(rows.logits, k)
     weights = rows.weights(values)
     weights.masked_fill_(torch.arange(k, device=weights.device) >= rows.top_k, 0.0)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
@@ -116,12 +122,12 @@ def _draw_from_top_k(rows: Rows) -> Tensor:
     return _draw_from_candidates(rows, candidates, kept)
 
 
-def _draw_from_nucleus(rows: Rows) -> Tensor:
+def _draw_from_nucleus(rows: Rows, reductions: Reductions) -> Tensor:
     """top_p alone: from the leading tokens where these hold the mass, else the vocabulary is searched for the cut."""
     every = rows.all_weights()
     mass = rows.top_p * block_total(every)
     k = min(_LEADING, rows.logits.shape[1])
-    values, candidates = k_largest(rows.logits, k)
+    values, candidates = reductions.k_largest(rows.logits, k)
     weights = rows.weights(values)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     ids = _draw_from_candidates(rows, candidates, weights * _in_nucleus(weights, cumulative, mass))
@@ -142,30 +148,48 @@ def _draw_from_wide_nucleus(rows: Rows, every: Tensor, mass: Tensor, high: Tenso
     """
     logits, vocabulary = rows.logits, rows.logits.shape[1]
     # One buffer for all the halvings: fresh memory of this size costs more than the arithmetic.
-    above_weights = torch.zeros_like(every)
+    kept = torch.zeros_like(every)
+    inside = kept[:, :vocabulary]
 
-    def mass_above(logit: Tensor) -> Tensor:
-        torch.mul(every[:, :vocabulary], logits > logit, out=above_weights[:, :vocabulary])
-        return block_total(above_weights)
+    def keep_above(logit: Tensor) -> None:
+        # Compared straight into floats: multiplying by booleans takes several times longer.
+        torch.gt(logits, logit, out=inside)
+        torch.mul(kept, every, out=kept)
 
     # Even V tokens at this logit would hold less than the share to drop, so all that may be dropped lies above it.
     total = mass / rows.top_p
     low = (rows.best + rows.temperature * ((total - mass) / vocabulary).log() - 1e-3).float()
-    before = mass_above(high)
+    keep_above(high)
+    before = block_total(kept)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        above = mass_above(middle)
+        keep_above(middle)
+        above = block_total(kept)
         enough = above >= mass
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
         before = torch.where(enough, before, above)
-    near = (logits > low) & (logits <= high)
-    values, candidates = k_largest(logits.masked_fill(~near, -torch.inf), max(1, int(near.sum(-1).max())))
+    values, candidates = _between(logits, low, high)
     edge = rows.weights(values)
     edge *= _in_nucleus(edge, edge.cumsum(-1, dtype=torch.float64), mass - before)
-    kept = torch.mul(every[:, :vocabulary], logits > high, out=above_weights[:, :vocabulary])
-    # Candidates beyond a row's own are of weight 0 and unspecified id: adding them changes nothing.
+    keep_above(high)
+    # Candidates beyond a row's own are of weight 0: adding them changes nothing.
     kept.scatter_add_(1, candidates, edge)
-    return first_above_in_blocks(above_weights, rows.uniform)
+    return first_above_in_blocks(kept, rows.uniform)
+
+
+def _between(logits: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of each row in (low, high], largest first, equal ones by rising id, and their ids: [R, k] both.
+
+    k is the largest number that a row has; in shorter rows -inf and id 0 follow.
+    """
+    rows, ids = ((logits > low) & (logits <= high)).nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(logits))
+    places = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    shape = len(logits), max(1, int(counts.max()))
+    values = logits.new_full(shape, -torch.inf).index_put_((rows, places), logits[rows, ids])
+    # In order of id already, which a stable sort keeps among equals.
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, ids.new_zeros(shape).index_put_((rows, places), ids).gather(1, order)
 
 
 def _in_nucleus(weights: Tensor, cumulative: Tensor, mass: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from engine.batch import TokenLogprob
-from engine.sampling.reductions import block_total, k_largest, largest, padded_length
+from engine.sampling import reductions as torch_reductions
+from engine.sampling.reductions import Reductions
 
 _SCRATCH_FLOATS = 2**23
 """Logits worked on at once: a prompt chunk's [R, V] would otherwise be doubled."""
 
 
-def token_logprobs(logits: Tensor, targets: SequenceOf[int], top: int) -> tuple[TokenLogprob, ...]:
+def token_logprobs(
+    logits: Tensor, targets: SequenceOf[int], top: int, reductions: Reductions = torch_reductions
+) -> tuple[TokenLogprob, ...]:
     """Log-probabilities of `targets[i]` and of the `top` most probable tokens under softmax(logits[i]).
 
     logits is [R, V] of any float type, `targets` R ids in [0, V). Equal logits share a rank, and are listed lowest id
@@ -28,30 +31,23 @@ def token_logprobs(logits: Tensor, targets: SequenceOf[int], top: int) -> tuple[
     step = max(1, _SCRATCH_FLOATS // vocabulary)
     found: list[TokenLogprob] = []
     for start in range(0, rows, step):
-        found += _piece(logits[start : start + step].float(), targets[start : start + step], min(top, vocabulary))
+        piece = logits[start : start + step].float()
+        found += _piece(piece, targets[start : start + step], min(top, vocabulary), reductions)
     return tuple(found)
 
 
-def _piece(logits: Tensor, targets: SequenceOf[int], top: int) -> list[TokenLogprob]:
-    normaliser = _log_sum_exp(logits)
+def _piece(logits: Tensor, targets: SequenceOf[int], top: int, reductions: Reductions) -> list[TokenLogprob]:
+    normaliser = reductions.log_sum_exp(logits)
     target = torch.tensor(targets).to(logits.device)[:, None]
     value = logits.gather(1, target)
     ranks = ((logits > value).sum(-1) + 1).tolist()
     logprobs = (value.squeeze(1).double() - normaliser).tolist()
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(targets)
     if top:
-        values, ids = k_largest(logits, top)
+        values, ids = reductions.k_largest(logits, top)
         listed = (values.double() - normaliser[:, None]).tolist()
         tops = [
             tuple((i, p) for i, p in zip(*row, strict=True) if p > -torch.inf)
             for row in zip(ids.tolist(), listed, strict=True)
         ]
     return [TokenLogprob(*fields) for fields in zip(targets, logprobs, ranks, tops, strict=True)]
-
-
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """[R, V] float32 -> [R] float64, equal to the last bit in any batch."""
-    best = largest(logits)[0][:, None]
-    weights = logits.new_zeros(len(logits), padded_length(logits.shape[1]))
-    torch.sub(logits, best, out=weights[:, : logits.shape[1]]).exp_()
-    return best.squeeze(1).double() + block_total(weights).squeeze(1).log()

@@ -2,13 +2,30 @@
 
 Maxima and sums go through blocks of `BLOCK` neighbouring tokens: one vectorised pass over the row, then a search inside
 the one block that matters. Knows nothing of sampling parameters.
+
+`Reductions` names those that a device may have faster ways for; this module is the implementation in torch.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 BLOCK = 64
+
+
+class Reductions(Protocol):
+    """Over rows of float32 logits. A row's results do not depend on the rows beside it."""
+
+    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `largest`."""
+
+    def k_largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `k_largest`."""
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:
+        """See `log_sum_exp`."""
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +60,14 @@ def k_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, by_id = ids.sort(dim=-1)
     values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(1, by_value)
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """Logarithm of each row's sum of exponentials: [R, V] -> [R] float64, equal to the last bit in any batch."""
+    best = largest(x)[0][:, None]
+    weights = x.new_zeros(len(x), padded_length(x.shape[1]))
+    torch.sub(x, best, out=weights[:, : x.shape[1]]).exp_()
+    return best.squeeze(1).double() + block_total(weights).squeeze(1).log()
 
 
 def first_above(weights: Tensor, share: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The random models of the benchmarks: deterministic, loadable, and of the sizes they claim."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -84,5 +85,9 @@ def test_a_model_is_made_once_and_an_interrupted_one_leaves_nothing(
     assert models.ensure("mini") == path
     assert (path / "model.safetensors").stat().st_mtime_ns == stamp
     assert models.vocab_size(path) == 400
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "MAX_POSITIONS", 99)
+        assert json.loads((models.ensure("mini") / "config.json").read_text())["max_position_embeddings"] == 99
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["mini"]
     with pytest.raises(SystemExit, match="neither one of"):
         models.find(str(tmp_path / "nothing"))

@@ -31,14 +31,15 @@ class LedgerRunner:
         self.batches.append(batch)
         contexts = [self._write_and_read(batch, row) for row in range(batch.num_sequences)]
         tokens, logprobs, failed = [], [], {}
-        for index, sample in enumerate(batch.samples):
-            context = contexts[sample.row]
-            assert sample.position == len(context)
-            token = next_token(context, sample.seed, sample.sample_index)
+        samples = batch.samples
+        for index, row in enumerate(samples.rows.tolist()):
+            context, setting = contexts[row], samples.settings[index]
+            assert samples.positions[index] == len(context)
+            token = next_token(context, int(setting["seed"]), int(setting["sample_index"]))
             if self._poison in context:
                 failed[index] = "poisoned"
             tokens.append(token)
-            logprobs.append(TokenLogprob(token, -1.0, 1) if sample.params.logprobs is not None else None)
+            logprobs.append(TokenLogprob(token, -1.0, 1) if index in samples.logprobs else None)
         scored = [tuple(TokenLogprob(t, -2.0, 1) for t in row.targets) for row in batch.prompt_logprobs]
         stats = StepStats(batch.num_tokens, batch.num_sequences, 0.0)
         return StepOutput(batch.step, tokens, logprobs, scored, stats, failed)

@@ -41,7 +41,7 @@ def engine_of(model: Path, pages: int = 512, **settings: object) -> Engine:
     scheduler = SchedulerConfig(
         max_sequences=16, max_batch_tokens=64, admission=settings.pop("admission", "optimistic")
     )
-    kv = KVConfig(memory=pages * PAGE_BYTES)
+    kv = KVConfig(memory=pages * PAGE_BYTES, dtype=settings.pop("kv_dtype", "auto"))
     return build_engine(
         EngineConfig(model=str(model), dtype="float32", threads=1, kv=kv, scheduler=scheduler, **settings)
     )
@@ -147,3 +147,44 @@ def test_what_cannot_be_built_is_refused_before_anything_runs(model: Path, tmp_p
         engine_of(model, pages=2, max_model_len=200)
     with pytest.raises(ModelError, match="no-such-model"):
         build_engine(EngineConfig(model=str(tmp_path / "no-such-model")))
+
+
+def test_fp8_without_a_gpu_is_refused_at_start(model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device: there is one")
+    with pytest.raises(ValueError, match='"fp8" needs a CUDA device; on a CPU use "w8a8"'):
+        engine_of(model, quantization="fp8")
+
+
+def test_a_cuda_device_that_is_not_there_is_refused_at_start(model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a CUDA device: there is one")
+    with pytest.raises((ValueError, RuntimeError), match="CUDA"):
+        engine_of(model, device="cuda")
+
+
+def test_a_model_that_the_kernels_do_not_know_runs_in_torch_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    engine = engine_of(tmp_path)
+    assert [r.message for r in caplog.records if "kernels" in r.message and r.levelno == logging.WARNING] == [
+        "heads of 12 values have no C kernels (multiples of 8 up to 256 have); the slower reference kernels run"
+    ]
+    run(engine, [Request("r", (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True))])
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "w4a16"])
+def test_quantized_weights_and_cache_give_the_same_tokens_in_any_company(model: Path, quantization: str) -> None:
+    """Quantization changes the model, once; batches, chunks and preemption still change nothing."""
+    settings = {"quantization": quantization, "quantization_group": 32, "kv_dtype": "int8"}
+    alone = Streams()
+    for request in mixed_requests():
+        alone.tokens |= run(engine_of(model, **settings), [request]).tokens
+    tight = engine_of(model, pages=4, max_model_len=128, **settings)
+    assert run(tight, mixed_requests()).tokens == alone.tokens
+    assert tight.stats().preemptions_total > 0

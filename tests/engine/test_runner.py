@@ -8,9 +8,21 @@ import pytest
 import torch
 
 from engine import runner as runner_module
-from engine.batch import Batch, PromptLogprobRow, SampleRow
-from engine.runner import opened_pages, slots
-from tests.engine.models.harness import GREEDY, PAGE_TOKENS, VOCAB, Driver, Pair, make_pair, random_tokens
+from engine.batch import Batch, PromptLogprobRow, SampleRow, Samples
+from engine.forward import opened_pages
+from engine.runner import layout_of, slots
+from tests.engine.models.harness import (
+    GREEDY,
+    KERNELS,
+    NAN_BYTE,
+    PAGE_TOKENS,
+    VOCAB,
+    Driver,
+    Kernels,
+    Pair,
+    make_pair,
+    random_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,44 +30,32 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair("llama", Path(tmp_path_factory.mktemp("llama")))
 
 
-class CountingDecoder:
-    """Passes everything on and remembers how many rows went through the head."""
-
-    def __init__(self, pair: Pair) -> None:
-        self._decoder = pair.ours
-        self.rows: list[int] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._decoder, name)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.rows.append(len(hidden))
-        return self._decoder.logits(hidden)
-
-
-def test_only_rows_that_sample_get_logits(pair: Pair) -> None:
-    counting = CountingDecoder(pair)
-    driver = Driver(counting)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_only_rows_that_sample_get_logits(pair: Pair, kernels: Kernels) -> None:
+    driver = Driver(pair.path, kernels)
     prompts = [random_tokens(9, 1), random_tokens(20, 2), random_tokens(5, 3)]
     batch = driver.batch([(driver.start(prompt), len(prompt)) for prompt in prompts])
-    out = driver.runner.run(replace(batch, samples=batch.samples[1:2]))
-    assert counting.rows == [1]
+    out = driver.runner.run(replace(batch, samples=Samples.of([SampleRow(1, GREEDY, 0, 0, len(prompts[1]))])))
+    assert driver.forward.rows == [1]
     assert out.token_ids == [int(pair.expected(prompts[1])[-1].argmax())]
     assert (out.stats.num_tokens, out.stats.num_sequences) == (34, 3)
     assert out.stats.seconds > 0
 
 
-def test_a_chunk_that_does_not_end_a_prompt_draws_nothing(pair: Pair) -> None:
-    driver = Driver(pair.ours)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_chunk_that_does_not_end_a_prompt_draws_nothing(pair: Pair, kernels: Kernels) -> None:
+    driver = Driver(pair.path, kernels)
     batch = driver.batch([(driver.start(random_tokens(20)), 8)])
-    out = driver.runner.run(replace(batch, samples=()))
+    out = driver.runner.run(replace(batch, samples=Samples.of([])))
     assert (out.token_ids, out.logprobs, out.failed) == ([], [], {})
 
 
-def test_prompt_logprobs_are_computed_in_bounded_pieces(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "_LOGPROB_ROWS", 8)
-    counting = CountingDecoder(pair)
-    driver = Driver(counting)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_prompt_logprobs_are_computed_in_bounded_pieces(
+    pair: Pair, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "LOGPROB_ROWS", 8)
+    driver = Driver(pair.path, kernels)
     first, tokens = random_tokens(6, 8), random_tokens(30, 9)
     batch = driver.batch([(driver.start(first), 6), (driver.start(tokens), 30)])
     wanted = PromptLogprobRow(row=1, targets=tuple(tokens[1:]), top=2)
@@ -66,15 +66,16 @@ def test_prompt_logprobs_are_computed_in_bounded_pieces(pair: Pair, monkeypatch:
     for index, entry in enumerate(found):
         assert entry.logprob == pytest.approx(float(expected[index, entry.token_id]), abs=1e-4)
         assert [token for token, _ in entry.top] == expected[index].topk(2).indices.tolist()
-    assert max(counting.rows) == 8
+    assert max(driver.forward.rows) == 8
 
 
-def test_a_sequence_with_broken_logits_fails_alone(pair: Pair) -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_sequence_with_broken_logits_fails_alone(pair: Pair, kernels: Kernels) -> None:
     """Its pages are then reused: what it left there must not reach the next owner."""
-    driver = Driver(pair.ours)
+    driver = Driver(pair.path, kernels)
     sick, healthy = driver.start(random_tokens(10, 1), max_len=40), driver.start(random_tokens(21, 2))
     driver.step([(sick, 10), (healthy, 21)])
-    driver.cache.pages[sick.pages[0]] = float("nan")
+    driver.cache.pages[sick.pages[0]] = NAN_BYTE
     sick_out = driver.runner.run(driver.batch([(sick, 1), (healthy, 1)]))
     assert list(sick_out.failed) == [0]
     assert sick_out.token_ids[1] == int(pair.expected(healthy.tokens)[-1].argmax())
@@ -96,7 +97,7 @@ def make_batch(spans: list[tuple[int, int]], table: list[list[int]]) -> Batch:
         cu_seq_q=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
         context_lens=np.array([end for _, end in spans], np.int32),
         page_table=np.array(table, np.int32),
-        samples=(SampleRow(0, GREEDY, 0, 0, spans[0][1]),),
+        samples=Samples.of([SampleRow(0, GREEDY, 0, 0, spans[0][1])]),
     )
 
 
@@ -108,4 +109,4 @@ def test_slots_follow_the_page_table() -> None:
 def test_opened_pages_are_those_begun_and_not_filled() -> None:
     spans = [(0, 6), (0, 8), (5, 7), (4, 5), (3, 5)]
     batch = make_batch(spans, [[10, 11], [20, 21], [30, 31], [40, 41], [50, 51]])
-    assert opened_pages(batch, PAGE_TOKENS).tolist() == [11, 41, 51]
+    assert opened_pages(layout_of(batch, PAGE_TOKENS, torch.device("cpu"))).tolist() == [11, 41, 51]

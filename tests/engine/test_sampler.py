@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.batch import SampleRow
+from engine.batch import SampleRow, Samples
 from engine.randomness import uniforms
 from engine.sampler import Drawn, Sampler, token_logprobs
 from engine.sampling import reductions
@@ -45,8 +44,12 @@ def make_row(
     )
 
 
+def sample(logits: Tensor, rows: list[SampleRow]) -> Drawn:
+    return Sampler().sample(logits, Samples.of(rows))
+
+
 def sample_one(logits: list[float] | Tensor, **row: Any) -> int:
-    drawn = Sampler().sample(torch.as_tensor(logits, dtype=torch.float32)[None], [make_row(**row)])
+    drawn = sample(torch.as_tensor(logits, dtype=torch.float32)[None], [make_row(**row)])
     assert drawn.failed == {}
     return drawn.token_ids[0]
 
@@ -105,7 +108,7 @@ class TestAgainstOracle:
     @given(batches())
     def test_every_token_is_the_oracles(self, batch: tuple[Tensor, list[SampleRow]]) -> None:
         logits, rows = batch
-        drawn = Sampler().sample(logits, rows)
+        drawn = sample(logits, rows)
         assert drawn.failed == {}
         for values, row, token in zip(logits.numpy(), rows, drawn.token_ids, strict=True):
             uniform = float(uniforms([row.seed], [row.sample_index], [row.position])[0])
@@ -119,7 +122,7 @@ class TestAgainstOracle:
         if decimals is not None:
             values = values.round(decimals)
         rows = [make_row(seed=i, top_p=top_p, temperature=1.5) for i in range(len(values))]
-        tokens = Sampler().sample(torch.from_numpy(values), rows).token_ids
+        tokens = sample(torch.from_numpy(values), rows).token_ids
         for logits, row, token in zip(values, rows, tokens, strict=True):
             uniform = float(uniforms([row.seed], [0], [0])[0])
             assert any(explains(distribution(logits, row, nudge), token, uniform) for nudge in (0.0, 1e-6, -1e-6))
@@ -127,14 +130,14 @@ class TestAgainstOracle:
     @pytest.mark.parametrize("top_p", [0.02, 0.5, 0.99])
     def test_wide_nucleus_of_equal_tokens_takes_the_lowest(self, top_p: float) -> None:
         rows = [make_row(seed=seed, top_p=top_p) for seed in range(400)]
-        tokens = Sampler().sample(torch.zeros(400, 5000), rows).token_ids
+        tokens = sample(torch.zeros(400, 5000), rows).token_ids
         size = round(5000 * top_p)
         assert size * 0.95 < max(tokens) < size
         assert min(tokens) < size * 0.05
 
     def test_rows_of_different_top_k_keep_to_their_own(self) -> None:
         rows = [make_row(seed=seed, top_k=1 + seed % 3) for seed in range(300)]
-        tokens = Sampler().sample(torch.zeros(300, 500), rows).token_ids
+        tokens = sample(torch.zeros(300, 500), rows).token_ids
         assert [set(tokens[remainder::3]) for remainder in range(3)] == [{0}, {0, 1}, {0, 1, 2}]
 
     def test_logits_are_left_alone(self) -> None:
@@ -146,7 +149,7 @@ class TestAgainstOracle:
             make_row(top_p=0.5, repetition_penalty=2.0, output=[1, 2]),
             make_row(allowed_token_ids=(3, 4), min_p=0.1, logprobs=3),
         ]
-        Sampler().sample(logits, rows)
+        sample(logits, rows)
         assert torch.equal(logits, before)
 
 
@@ -157,12 +160,12 @@ class TestBatchIndependence:
         self, batch: tuple[Tensor, list[SampleRow]], random: Any
     ) -> None:
         logits, rows = batch
-        rows = [replace(row, params=row.params.model_copy(update={"logprobs": i % 4})) for i, row in enumerate(rows)]
-        together = Sampler().sample(logits, rows)
+        rows = [row._replace(params=row.params.model_copy(update={"logprobs": i % 4})) for i, row in enumerate(rows)]
+        together = sample(logits, rows)
         order = random.sample(range(len(rows)), len(rows))
-        permuted = Sampler().sample(logits[order], [rows[i] for i in order])
+        permuted = sample(logits[order], [rows[i] for i in order])
         for place, i in enumerate(order):
-            alone = Sampler().sample(logits[i : i + 1], [rows[i]])
+            alone = sample(logits[i : i + 1], [rows[i]])
             assert alone.token_ids[0] == together.token_ids[i] == permuted.token_ids[place]
             assert alone.logprobs[0] == together.logprobs[i] == permuted.logprobs[place]
 
@@ -175,9 +178,9 @@ class TestBatchIndependence:
             make_row(min_p=0.01, seed=4, banned=[7]),
             make_row(temperature=0, repetition_penalty=1.2, output=[5, 5, 6]),
         ]
-        together = Sampler().sample(logits, rows)
+        together = sample(logits, rows)
         for i, row in enumerate(rows):
-            alone = Sampler().sample(logits[i : i + 1], [row])
+            alone = sample(logits[i : i + 1], [row])
             assert (alone.token_ids[0], alone.logprobs[0]) == (together.token_ids[i], together.logprobs[i])
 
 
@@ -222,7 +225,7 @@ def test_frequencies_follow_the_exact_distribution(params: dict[str, Any]) -> No
     vocabulary = 150
     logits = np.random.default_rng(11).normal(size=vocabulary).astype(np.float32) * 2
     rows = [make_row(seed=99, position=position, **params) for position in range(DRAWS)]
-    drawn = Sampler().sample(torch.from_numpy(logits).expand(DRAWS, -1), rows)
+    drawn = sample(torch.from_numpy(logits).expand(DRAWS, -1), rows)
     counts = np.bincount(drawn.token_ids, minlength=vocabulary)
     assert_frequencies(counts, distribution(logits, rows[0]))
 
@@ -231,15 +234,14 @@ class TestRandomness:
     def test_same_seed_and_position_same_token_other_seed_others(self) -> None:
         logits = torch.zeros(1, 1000)
         tokens = [
-            [Sampler().sample(logits, [make_row(seed=seed, position=p)]).token_ids[0] for p in range(20)]
-            for seed in (1, 1, 2)
+            [sample(logits, [make_row(seed=seed, position=p)]).token_ids[0] for p in range(20)] for seed in (1, 1, 2)
         ]
         assert tokens[0] == tokens[1]
         assert tokens[0] != tokens[2]
 
     def test_samples_of_one_request_differ(self) -> None:
-        rows = [replace(make_row(seed=4), sample_index=i) for i in range(8)]
-        tokens = Sampler().sample(torch.zeros(8, 10_000), rows).token_ids
+        rows = [make_row(seed=4)._replace(sample_index=i) for i in range(8)]
+        tokens = sample(torch.zeros(8, 10_000), rows).token_ids
         assert len(set(tokens)) == 8
 
 
@@ -250,7 +252,7 @@ class TestGreedy:
             logits[1, vocabulary // 2 :] = 1.0
             logits[2, -1] = 1.0
             rows = [make_row(temperature=0) for _ in range(3)]
-            assert Sampler().sample(logits, rows).token_ids == [0, vocabulary // 2, vocabulary - 1]
+            assert sample(logits, rows).token_ids == [0, vocabulary // 2, vocabulary - 1]
 
     @pytest.mark.parametrize(
         "params", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0, "top_k": 1}, {"temperature": 1e-30}]
@@ -272,7 +274,7 @@ class TestGreedy:
 class TestExcludedTokens:
     def test_banned_and_disallowed_tokens_are_never_drawn(self) -> None:
         rows = [make_row(seed=seed, banned=[0, 2], allowed_token_ids=(0, 1, 2, 5)) for seed in range(300)]
-        assert set(Sampler().sample(torch.zeros(300, 9), rows).token_ids) == {1, 5}
+        assert set(sample(torch.zeros(300, 9), rows).token_ids) == {1, 5}
 
     def test_bias_does_not_bring_an_excluded_token_back(self) -> None:
         assert sample_one([0.0, 0.0, 9.0], banned=[2], logit_bias={2: 100.0}, allowed_token_ids=(1, 2)) == 1
@@ -280,6 +282,48 @@ class TestExcludedTokens:
     def test_tokens_outside_the_vocabulary_change_nothing(self) -> None:
         row = {"banned": [7], "logit_bias": {9: 5.0}, "allowed_token_ids": (1, 12)}
         assert sample_one([0.0, 0.0, 9.0], **row) == 1
+
+
+class SortingReductions:
+    """Another implementation of the reductions, by sorting whole rows; counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: set[str] = set()
+
+    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls.add("largest")
+        values, ids = x.sort(dim=-1, descending=True, stable=True)
+        return values[:, 0], ids[:, 0]
+
+    def k_largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        self.calls.add("k_largest")
+        values, ids = x.sort(dim=-1, descending=True, stable=True)
+        return values[:, :k], ids[:, :k]
+
+    def log_sum_exp(self, x: Tensor) -> Tensor:
+        self.calls.add("log_sum_exp")
+        return x.double().logsumexp(-1)
+
+
+class TestReductions:
+    @settings(max_examples=100, deadline=None)
+    @given(batches())
+    def test_any_implementation_draws_the_same(self, batch: tuple[Tensor, list[SampleRow]]) -> None:
+        logits, rows = batch
+        samples = Samples.of([row._replace(params=row.params.model_copy(update={"logprobs": 3})) for row in rows])
+        ours, theirs = Sampler().sample(logits, samples), Sampler(SortingReductions()).sample(logits, samples)
+        assert theirs.token_ids == ours.token_ids
+        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert mine is not None and other is not None
+            assert (other.token_id, other.rank) == (mine.token_id, mine.rank)
+            assert other.logprob == pytest.approx(mine.logprob, abs=1e-6)
+            assert [token for token, _ in other.top] == [token for token, _ in mine.top]
+
+    def test_they_are_used_throughout(self) -> None:
+        reductions = SortingReductions()
+        rows = [make_row(top_k=3), make_row(top_p=0.5), make_row(logprobs=1, presence_penalty=1.0, output=[3])]
+        Sampler(reductions).sample(torch.randn(3, 300), Samples.of(rows))
+        assert reductions.calls == {"largest", "k_largest", "log_sum_exp"}
 
 
 class TestExtremes:
@@ -300,12 +344,15 @@ class TestExtremes:
     @pytest.mark.parametrize("penalty", [1e-300, 1e300])
     def test_penalties_beyond_float32_harm_no_other_row(self, penalty: float) -> None:
         rows = [make_row(repetition_penalty=penalty, prompt=[0, 1]), make_row(temperature=0)]
-        drawn = Sampler().sample(torch.tensor([[5.0, -1.0, 0.0], [0.0, 1.0, 0.0]]), rows)
+        drawn = sample(torch.tensor([[5.0, -1.0, 0.0], [0.0, 1.0, 0.0]]), rows)
         assert drawn.token_ids[1] == 1
         assert 1 not in drawn.failed
 
+    def test_top_k_beyond_any_integer_keeps_every_token(self) -> None:
+        assert {sample_one([0.0] * 5, seed=seed, top_k=2**80) for seed in range(100)} == set(range(5))
+
     def test_no_rows(self) -> None:
-        assert Sampler().sample(torch.empty(0, 10), []) == Drawn([], [])
+        assert sample(torch.empty(0, 10), []) == Drawn([], [])
 
 
 class TestFailures:
@@ -315,12 +362,12 @@ class TestFailures:
     )
     def test_bad_row_fails_alone(self, poison: float, reason: str, params: dict[str, Any]) -> None:
         logits = torch.randn(3, 300)
-        healthy = Sampler().sample(logits, [make_row(seed=i, logprobs=1, **params) for i in range(3)])
+        healthy = sample(logits, [make_row(seed=i, logprobs=1, **params) for i in range(3)])
         if poison == -math.inf:
             logits[1] = poison
         else:
             logits[1, 170] = poison
-        drawn = Sampler().sample(logits, [make_row(seed=i, logprobs=1, **params) for i in range(3)])
+        drawn = sample(logits, [make_row(seed=i, logprobs=1, **params) for i in range(3)])
         assert list(drawn.failed) == [1]
         assert reason in drawn.failed[1]
         assert drawn.token_ids == [healthy.token_ids[0], 0, healthy.token_ids[2]]
@@ -333,7 +380,7 @@ class TestFailures:
             make_row(temperature=0),
             make_row(temperature=temperature, allowed_token_ids=(17,)),
         ]
-        drawn = Sampler().sample(torch.tensor([[1.0, 2.0, 3.0]] * 3), rows)
+        drawn = sample(torch.tensor([[1.0, 2.0, 3.0]] * 3), rows)
         assert drawn.token_ids == [0, 2, 0]
         assert sorted(drawn.failed) == [0, 2]
         assert all("no token is left" in reason for reason in drawn.failed.values())
@@ -354,11 +401,11 @@ class TestLogprobs:
 
     def test_they_are_of_the_raw_logits(self) -> None:
         logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-        plain = Sampler().sample(logits, [make_row(temperature=0, logprobs=4)]).logprobs[0]
+        plain = sample(logits, [make_row(temperature=0, logprobs=4)]).logprobs[0]
         row = make_row(
             temperature=0.3, top_k=1, logprobs=4, logit_bias={0: 5.0}, banned=[3], output=[1], presence_penalty=2
         )
-        changed = Sampler().sample(logits, [row]).logprobs[0]
+        changed = sample(logits, [row]).logprobs[0]
         assert plain is not None and changed is not None
         assert (plain.token_id, plain.rank) == (3, 1)
         assert (changed.token_id, changed.rank) == (0, 4)
@@ -367,7 +414,7 @@ class TestLogprobs:
 
     def test_each_row_gets_what_it_asked_for(self) -> None:
         rows = [make_row(logprobs=asked, temperature=0) for asked in (None, 0, 2, 5)]
-        found = Sampler().sample(torch.randn(4, 50), rows).logprobs
+        found = sample(torch.randn(4, 50), rows).logprobs
         assert [None if entry is None else len(entry.top) for entry in found] == [None, 0, 2, 5]
 
     def test_equal_logits_share_a_rank_and_are_listed_lowest_first(self) -> None:

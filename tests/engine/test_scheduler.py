@@ -52,9 +52,12 @@ class Rig:
         """What must hold between any two steps."""
         scheduler = self.scheduler
         unfinished = [s for samples in scheduler._sequences.values() for s in samples if s.status.value != "finished"]
-        in_flight = {id(c.sequence): c.sequence for _, chunks in scheduler._in_flight for c in chunks}
+        in_flight = {id(s): s for layout in scheduler._in_flight for s in layout.sequences}
         holders = {id(s): s for s in unfinished} | in_flight
         self.pool.check_integrity(s.pages for s in holders.values())
+        lanes = [s.lane for s in holders.values() if s.lane >= 0]
+        assert len(set(lanes)) == len(lanes) == scheduler._lanes.num_taken
+        assert all(s.lane >= 0 for s in [*scheduler.running, *in_flight.values()])
         assert len(scheduler.running) <= self.max_sequences
         assert scheduler.running == sorted(scheduler.running, key=lambda s: s.order)
         assert scheduler.waiting == sorted(scheduler.waiting, key=lambda s: s.order)
@@ -280,8 +283,9 @@ def test_stop_tokens_end_a_stream_and_min_tokens_bans_them() -> None:
     assert streams.finished["eos", 0].stop_token_id == second
     assert streams.finished["ignored", 0].finish_reason is FinishReason.LENGTH
     assert streams.tokens["own", 0] == [first, second, third]
-    banned = [set(s.banned) for batch in rig.runner.batches for s in batch.samples if s.params.min_tokens]
-    assert banned == [{first, second}, set()], "stop tokens are banned until min_tokens are out, and not after"
+    banned = [[set(edit.banned.tolist()) for edit in batch.samples.edits.values()] for batch in rig.runner.batches]
+    assert banned[:2] == [[{first, second}], []], "stop tokens are banned until min_tokens are out, and not after"
+    assert not any(banned[2:])
 
 
 def test_a_row_that_fails_does_not_disturb_its_neighbours() -> None:

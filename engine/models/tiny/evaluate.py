@@ -18,6 +18,8 @@ from engine.models.tiny import PATH
 if TYPE_CHECKING:
     import torch
 
+    from engine.quant.prompts import NumberFormats
+
 HELDOUT = Path(__file__).parent / "heldout.jsonl"
 PROMPTS = (
     "Hello!",
@@ -88,6 +90,20 @@ def heldout_perplexity(path: Path = PATH) -> tuple[float, int]:
     )
 
 
+def engine_perplexity(formats: NumberFormats, path: Path = PATH) -> tuple[float, int]:
+    """The same through this engine's decoder, in the number formats given."""
+    from tokenizers import Tokenizer
+
+    from engine.quant.prompts import load_forward, prompt_logits
+
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    documents = heldout_documents()
+    encoded = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in documents}
+    forward = load_forward(path, formats, max_tokens=1 + max(map(len, encoded.values())))
+    boundary = json.loads((path / "config.json").read_text(encoding="utf-8"))["bos_token_id"]
+    return perplexity(lambda ids: prompt_logits(forward, ids), encoded.__getitem__, documents, boundary)
+
+
 def reply(
     model: Any, tokenizer: Any, messages: list[dict[str, str]], temperature: float = 0.0, limit: int = 600
 ) -> tuple[str, bool]:
@@ -115,6 +131,16 @@ def samples(path: Path = PATH, prompts: Sequence[str] = PROMPTS, temperatures: S
             print(f"  [{temperature}{'' if ended else ', cut off'}] {text}")
 
 
+def _perplexity_of(options: argparse.Namespace) -> tuple[float, int]:
+    names = ("quantization", "group", "kv", "dtype", "kernels")
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if not chosen:
+        return heldout_perplexity(options.model)
+    from engine.quant.prompts import NumberFormats
+
+    return engine_perplexity(NumberFormats(**chosen), options.model)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the built-in model.")
     parser.add_argument("--model", type=Path, default=PATH, help="model directory")
@@ -122,11 +148,17 @@ def main() -> None:
     parser.add_argument(
         "--ask", action="append", default=[], help="a user message to answer; may be given several times"
     )
+    engine = parser.add_argument_group("this engine's number formats; without any, transformers runs in float32")
+    engine.add_argument("--quantization", choices=("auto", "w8a8", "w4a16"), help="of the weights")
+    engine.add_argument("--group", type=int, choices=(32, 64, 128), help="input channels to a scale in w4a16")
+    engine.add_argument("--kv-dtype", dest="kv", choices=("auto", "int8"), help="of keys and values")
+    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of everything else")
+    engine.add_argument("--kernels", choices=("torch", "C"), help="what computes")
     options = parser.parse_args()
     if options.ask:
         samples(options.model, options.ask)
         return
-    value, count = heldout_perplexity(options.model)
+    value, count = _perplexity_of(options)
     print(f"held-out perplexity {value:.3f} over {count} tokens in {len(heldout_documents())} documents")
     if options.samples:
         samples(options.model)

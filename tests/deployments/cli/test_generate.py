@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.models import Shape, write
+from benchmarks.models import MAX_POSITIONS, Shape, write
 from deployments.cli.errors import CommandError
 from deployments.cli.generate import count_left, left
 from deployments.prompt_file import Defaults, PromptFile
@@ -128,7 +128,7 @@ def test_every_kind_of_line_and_a_prompt_that_is_too_long(model: Path, tmp_path:
     assert found["ids"]["samples"][0]["text"] != found["ids"]["samples"][1]["text"]
 
     with prompts.open("a") as file:
-        file.write(json.dumps({"id": "long", "token_ids": [5] * 5000}) + "\n")
+        file.write(json.dumps({"id": "long", "token_ids": [5] * (MAX_POSITIONS + 1)}) + "\n")
     refused = manta(*run)
     assert refused.returncode == 2
     assert "line 4: " in refused.stderr and "maximum context length" in refused.stderr

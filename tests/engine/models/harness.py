@@ -4,9 +4,10 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -21,16 +22,20 @@ from transformers import (
 )
 from transformers.configuration_utils import PretrainedConfig
 
-from engine.batch import Batch, SampleRow, StepOutput
+from engine.batch import Batch, SampleRow, Samples, StepOutput
+from engine.forward import Backend, CpuBackend, Forward, ReferenceBackend
+from engine.kernels.cpu.compiler import load_library
 from engine.kv.cache import PagedKVCache
 from engine.models.decoder import Decoder
-from engine.models.loader import load_model
-from engine.runner import Runner
+from engine.models.loader import load_parameters
+from engine.runner import LOGPROB_ROWS, Runner
 from engine.sampler import Drawn, Sampler
 from engine.sampling_params import SamplingParams
 
 VOCAB = 97
 PAGE_TOKENS = 4
+NAN_BYTE = 0xFF
+"""Every floating type of these bytes is NaN."""
 GREEDY = SamplingParams(temperature=0.0)
 
 _LLAMA: dict[str, Any] = {
@@ -85,7 +90,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral-full": MistralConfig(**_LLAMA, sliding_window=None),
     "qwen2": Qwen2Config(**_LLAMA, tie_word_embeddings=True),
     "qwen2-window": Qwen2Config(**_LLAMA, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-    "qwen3": Qwen3Config(**_LLAMA, head_dim=12),
+    "qwen3": Qwen3Config(**_LLAMA, head_dim=24),
     "gpt2": GPT2Config(**_GPT2),
     "gpt2-untied": GPT2Config(**_GPT2, n_inner=56, tie_word_embeddings=False, scale_attn_weights=False),
     "opt": OPTConfig(**_OPT),
@@ -103,11 +108,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 @dataclass
 class Pair:
-    """The same weights in Hugging Face's implementation and in ours."""
+    """The same weights in Hugging Face's implementation and on disk."""
 
     path: Path
+    """The checkpoint."""
     theirs: Any
-    ours: Decoder
 
     def expected(self, tokens: Sequence[int]) -> Tensor:
         """[len(tokens), vocab] logits of one forward over the whole prompt."""
@@ -137,18 +142,48 @@ def make_model(config: PretrainedConfig, seed: int = 0) -> Any:
 def make_pair(name: str, folder: Path) -> Pair:
     model = make_model(CONFIGS[name])
     model.save_pretrained(folder)
-    return Pair(folder, model, load_model(folder))
+    return Pair(folder, model)
+
+
+Kernels = Literal["C", "torch"]
+KERNELS: tuple[Kernels, ...] = ("C", "torch")
+
+
+def make_backend(kernels: Kernels, max_tokens: int = 256) -> Backend:
+    """Skips the test when there is no C compiler to make its kernels with."""
+    if kernels == "torch":
+        return ReferenceBackend()
+    library = load_library()
+    if library is None:
+        pytest.skip("no C compiler")
+    return CpuBackend(library, 2, max_tokens=max_tokens, max_rows=LOGPROB_ROWS)
 
 
 class RecordingSampler(Sampler):
     """Keeps the logits that it was given."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.logits: list[Tensor] = []
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Drawn:
+    def sample(self, logits: Tensor, samples: Samples) -> Drawn:
         self.logits.append(logits.clone())
-        return super().sample(logits, rows)
+        return super().sample(logits, samples)
+
+
+class CountingForward:
+    """Passes everything on and remembers how many rows went through the head."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self.rows: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._forward, name)
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        self.rows.append(len(rows))
+        return self._forward.logits(hidden, rows)
 
 
 @dataclass
@@ -165,11 +200,24 @@ class Stream:
 class Driver:
     """Composes batches by hand over a cache whose pages are handed out in shuffled order and start as NaN."""
 
-    def __init__(self, decoder: Decoder, num_pages: int = 160, seed: int = 0) -> None:
-        self.cache = PagedKVCache(decoder.spec, num_pages, PAGE_TOKENS, decoder.dtype)
-        self.cache.pages.fill_(float("nan"))
+    def __init__(
+        self,
+        path: Path,
+        kernels: Kernels = "C",
+        *,
+        dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
+        num_pages: int = 160,
+        seed: int = 0,
+    ) -> None:
+        loaded = load_parameters(path, dtype or "auto")
+        backend = make_backend(kernels)
+        self.decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
+        self.cache = PagedKVCache(loaded.spec, num_pages, PAGE_TOKENS, kv_dtype or loaded.dtype)
+        self.cache.pages.fill_(NAN_BYTE)
         self.sampler = RecordingSampler()
-        self.runner = Runner(decoder, self.cache, self.sampler)
+        self.forward = CountingForward(backend.forward(self.decoder, self.cache))
+        self.runner = Runner(self.forward, PAGE_TOKENS, self.sampler)
         self._free = np.random.default_rng(seed).permutation(num_pages).tolist()
         self._step = 0
 
@@ -206,8 +254,8 @@ class Driver:
             cu_seq_q=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
             context_lens=np.array(context, np.int32),
             page_table=table,
-            samples=tuple(
-                SampleRow(row, GREEDY, seed=0, sample_index=0, position=length) for row, length in enumerate(context)
+            samples=Samples.of(
+                [SampleRow(row, GREEDY, seed=0, sample_index=0, position=length) for row, length in enumerate(context)]
             ),
         )
 

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelError
-from engine.models.decoder import Decoder
 from engine.models.directory import load_eos_token_ids
 from engine.models.families import family_of
-from engine.models.loader import load_model, load_spec
+from engine.models.loader import load_parameters, load_spec
 from engine.models.source import resolve_model
 from tests.engine.models.harness import CONFIGS, Driver, make_model, random_tokens
 
@@ -88,6 +87,10 @@ def break_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
 
 
+def poison(folder: Path, name: str, row: int, value: float) -> None:
+    edit_tensors(folder, lambda tensors: tensors[name][row].view(-1)[-1:].fill_(value))
+
+
 BROKEN: dict[str, tuple[Edit, list[str]]] = {
     "no config": (lambda p: (p / "config.json").unlink(), ["config.json", "missing"]),
     "config not JSON": (lambda p: (p / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
@@ -113,6 +116,9 @@ BROKEN: dict[str, tuple[Edit, list[str]]] = {
         lambda p: edit_tensors(p, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
         ["model.safetensors", "model.norm.weight", "(31,)", "(32,)"],
     ),
+    "NaN": (lambda p: poison(p, "model.layers.1.mlp.down_proj.weight", 5, torch.nan), ["down_proj", "row 5"]),
+    "infinity": (lambda p: poison(p, "model.layers.0.mlp.up_proj.weight", 7, -torch.inf), ["up_proj", "row 7"]),
+    "NaN in a vector": (lambda p: poison(p, "model.norm.weight", 3, torch.nan), ["model.norm.weight", "row 3"]),
 }
 
 
@@ -121,7 +127,7 @@ def test_broken_directory_gets_one_line_that_names_the_file(case: str, model: Pa
     damage, expected = BROKEN[case]
     damage(model)
     with pytest.raises(ModelError) as raised:
-        load_model(model)
+        load_parameters(model)
     message = str(raised.value)
     assert "\n" not in message
     assert str(model) in message
@@ -189,25 +195,42 @@ def test_pieces_fill_every_row_of_every_parameter_once(name: str, tmp_path: Path
 
 def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     make_model(CONFIGS["qwen2"]).save_pretrained(tmp_path)
-    tied, spec = load_model(tmp_path), load_spec(tmp_path)
+    tied, spec = load_parameters(tmp_path), load_spec(tmp_path)
     expected = sum(torch.Size(shape).numel() for shape in spec.parameter_shapes().values()) * 4
     assert "head.weight" not in spec.parameter_shapes()
     assert tied.num_bytes == expected
 
 
 def test_run_dtype_is_the_checkpoints_unless_chosen(model: Path) -> None:
-    assert load_model(model).dtype == torch.float32
-    assert load_model(model, "bfloat16").dtype == torch.bfloat16
+    assert load_parameters(model).dtype == torch.float32
+    assert load_parameters(model, "bfloat16").dtype == torch.bfloat16
     edit_config(model, dtype="bfloat16")
-    assert load_model(model).dtype == torch.bfloat16
-    assert load_model(model, torch.float16).dtype == torch.float16
+    assert load_parameters(model).dtype == torch.bfloat16
+    loaded = load_parameters(model, torch.float16)
+    assert loaded.dtype == torch.float16
+    assert {weight.dtype for weight in loaded.parameters.values() if isinstance(weight, torch.Tensor)} == {
+        torch.float16
+    }
+
+
+def test_float16_checkpoints_run_in_bfloat16_on_a_cpu_unless_told(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_config(model, dtype="float16")
+    with caplog.at_level(logging.INFO):
+        assert load_parameters(model).dtype == torch.bfloat16
+    assert [record.getMessage() for record in caplog.records if "float16" in record.message] == [
+        f"{model}: a float16 checkpoint runs in bfloat16, which CPUs have instructions for"
+    ]
+    assert load_parameters(model, "float16").dtype == torch.float16
+    assert load_parameters(model, device="meta").dtype == torch.float16
 
 
 def test_unused_tensors_are_logged_but_saved_constants_are_not(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "value_head.weight": torch.ones(4)}
     edit_tensors(model, lambda tensors: tensors.update(extra))
     with caplog.at_level(logging.WARNING):
-        load_model(model)
+        load_parameters(model)
     assert [record.getMessage().split(": ", 1)[1] for record in caplog.records if "not used" in record.message] == [
         "1 tensors are not used: value_head.weight"
     ]
@@ -218,14 +241,14 @@ def test_names_without_the_usual_prefix_load_too(tmp_path: Path) -> None:
     for name, prefix in {"gpt2": "transformer.", "opt": "model."}.items():
         folder = tmp_path / name
         make_model(CONFIGS[name]).save_pretrained(folder)
-        expected = last_logits(load_model(folder))
+        expected = last_logits(folder)
         tensors = load_file(folder / "model.safetensors")
         save_file({key.removeprefix(prefix): value for key, value in tensors.items()}, folder / "model.safetensors")
-        assert torch.equal(last_logits(load_model(folder)), expected)
+        assert torch.equal(last_logits(folder), expected)
 
 
-def last_logits(decoder: Decoder) -> torch.Tensor:
-    driver = Driver(decoder)
+def last_logits(folder: Path) -> torch.Tensor:
+    driver = Driver(folder, "torch")
     stream = driver.start(random_tokens(9))
     driver.step([(stream, 9)])
     return stream.logits[-1]
@@ -273,24 +296,28 @@ def test_hub_is_asked_only_for_hub_ids(model: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [("some/model", "v2"), ("gone/model", None)]
 
 
+_ARITHMETIC_BYTES = 48 * 2**20
+"""Temporaries of a few million elements, and what the heap keeps of them: less than any matrix of the model in full."""
+
 _MEASURE = """
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from engine.models.loader import load_model, load_spec
+from engine.models.loader import load_parameters, load_spec
 load_spec(Path(sys.argv[1]))  # Imports what is imported late; it does not grow with the model.
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 before = kib("VmRSS")
-decoder = load_model(Path(sys.argv[1]))
-print((kib("VmHWM") - before) * 1024, decoder.num_bytes)
+loaded = load_parameters(Path(sys.argv[1]), quantization=sys.argv[2])
+print((kib("VmHWM") - before) * 1024, loaded.num_bytes)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of peak memory")
-def test_loading_peaks_a_little_above_the_weights(tmp_path: Path) -> None:
-    """Mapped file pages count as resident: without mapping anew the peak would be twice the weights."""
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of some 250 MiB."""
+    folder = tmp_path_factory.mktemp("medium")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -301,13 +328,24 @@ def test_loading_peaks_a_little_above_the_weights(tmp_path: Path) -> None:
         "num_hidden_layers": 6,
         "num_attention_heads": 16,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    spec, family = load_spec(tmp_path), family_of("LlamaForCausalLM")
+    (folder / "config.json").write_text(json.dumps(config))
+    spec, family = load_spec(folder), family_of("LlamaForCausalLM")
     assert family is not None
     tensors = {p.source: torch.ones(p.shape, dtype=torch.bfloat16) for p in family.pieces(spec, frozenset())}
-    save_file(tensors, tmp_path / "model.safetensors")
-    del tensors
-    done = subprocess.run([sys.executable, "-c", _MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of peak memory")
+@pytest.mark.parametrize("quantization", ["auto", "w8a8", "w4a16"])
+def test_loading_peaks_a_little_above_the_weights(medium: Path, quantization: str) -> None:
+    """Mapped file pages count as resident: without mapping anew the peak would be twice the weights.
+
+    Quantized weights never exist in full precision; what their arithmetic needs on top does not grow with them.
+    """
+    command = [sys.executable, "-c", _MEASURE, str(medium), quantization]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, weights = map(int, done.stdout.split())
-    assert weights > 200 * 2**20
-    assert peak <= 1.2 * weights
+    file = (medium / "model.safetensors").stat().st_size
+    assert weights < {"auto": 1.01, "w8a8": 0.6, "w4a16": 0.4}[quantization] * file
+    assert peak <= 1.2 * weights + (0 if quantization == "auto" else _ARITHMETIC_BYTES)

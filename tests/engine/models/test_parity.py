@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.models.loader import load_model
-from tests.engine.models.harness import CONFIGS, Driver, Pair, Stream, make_pair, random_tokens
+from tests.engine.models.harness import CONFIGS, KERNELS, Driver, Kernels, Pair, Stream, make_pair, random_tokens
 
 TOLERANCE = 1e-4
 CHUNKING_DEPENDENT = {"llama-dynamic", "llama-longrope"}
@@ -31,26 +30,28 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(((found - expected).abs() < TOLERANCE * (1 + expected.abs())).all())
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_whole_prompts_give_the_same_logits(name: str, pair_of: Callable[[str], Pair]) -> None:
+def test_whole_prompts_give_the_same_logits(name: str, kernels: Kernels, pair_of: Callable[[str], Pair]) -> None:
     pair = pair_of(name)
     for length in (1, 13, 100):
         tokens = random_tokens(length, seed=length)
-        driver = Driver(pair.ours)
+        driver = Driver(pair.path, kernels)
         stream = driver.start(tokens)
         driver.step([(stream, length)])
         assert close(stream.logits[-1], pair.expected(tokens)[-1])
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_any_chunking_gives_the_same_logits(name: str, pair_of: Callable[[str], Pair]) -> None:
+def test_any_chunking_gives_the_same_logits(name: str, kernels: Kernels, pair_of: Callable[[str], Pair]) -> None:
     pair = pair_of(name)
     length = 60 if name in CHUNKING_DEPENDENT else 100
     tokens = random_tokens(length, seed=7)
     expected = pair.expected(tokens)
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        driver = Driver(pair.ours, seed=seed)
+        driver = Driver(pair.path, kernels, seed=seed)
         stream = driver.start(tokens)
         while stream.computed < length:
             chunk = int(min(rng.choice([1, 2, 3, 5, 8, 16, 31]), length - stream.computed))
@@ -58,12 +59,15 @@ def test_any_chunking_gives_the_same_logits(name: str, pair_of: Callable[[str], 
             assert close(stream.logits[-1], expected[stream.computed - 1])
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_sequences_in_one_batch_do_not_see_each_other(name: str, pair_of: Callable[[str], Pair]) -> None:
+def test_sequences_in_one_batch_do_not_see_each_other(
+    name: str, kernels: Kernels, pair_of: Callable[[str], Pair]
+) -> None:
     """Some decode, some are in the middle of their prompt, some begin; all end with the logits of running alone."""
     pair = pair_of(name)
     rng = np.random.default_rng(3)
-    driver = Driver(pair.ours, num_pages=200)
+    driver = Driver(pair.path, kernels, num_pages=200)
     prompts = [random_tokens(int(length), seed=i) for i, length in enumerate(rng.integers(1, 56, 7))]
     streams = [driver.start(prompt, max_len=72) for prompt in prompts]
     for _ in range(9):
@@ -79,11 +83,12 @@ def test_sequences_in_one_batch_do_not_see_each_other(name: str, pair_of: Callab
             assert close(stream.logits[-1], expected)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_tokens_are_those_of_generate(name: str, pair_of: Callable[[str], Pair]) -> None:
+def test_greedy_tokens_are_those_of_generate(name: str, kernels: Kernels, pair_of: Callable[[str], Pair]) -> None:
     pair = pair_of(name)
     prompts = [random_tokens(11, seed=1), random_tokens(30, seed=2)]
-    driver = Driver(pair.ours)
+    driver = Driver(pair.path, kernels)
     streams = [driver.start(prompt) for prompt in prompts]
     driver.step([(stream, len(stream.tokens)) for stream in streams])
     for _ in range(23):
@@ -92,12 +97,14 @@ def test_greedy_tokens_are_those_of_generate(name: str, pair_of: Callable[[str],
         assert stream.tokens[len(prompt) :] == pair.generated(prompt, 24)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", sorted(CHUNKING_DEPENDENT))
-def test_rope_that_stretches_with_the_context_follows_generate(name: str, pair_of: Callable[[str], Pair]) -> None:
+def test_rope_that_stretches_with_the_context_follows_generate(name: str, kernels: Kernels, tmp_path: Path) -> None:
     """A prompt longer than the original length, then decodes that stretch the frequencies further."""
-    pair = pair_of(name)
+    # A model of its own: Hugging Face's remembers the longest context it has seen.
+    pair = make_pair(name, tmp_path)
     prompt = random_tokens(135, seed=5)
-    driver = Driver(pair.ours)
+    driver = Driver(pair.path, kernels)
     stream = driver.start(prompt)
     driver.step([(stream, len(prompt))])
     assert close(stream.logits[-1], pair.expected(prompt)[-1])
@@ -111,19 +118,23 @@ def test_sharded_checkpoint_is_the_same_model(pair_of: Callable[[str], Pair], tm
     pair.theirs.save_pretrained(tmp_path, max_shard_size="12KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     tokens = random_tokens(20)
-    driver = Driver(load_model(tmp_path))
+    driver = Driver(tmp_path)
     stream = driver.start(tokens)
     driver.step([(stream, 20)])
     assert close(stream.logits[-1], pair.expected(tokens)[-1])
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "gpt2", "neox", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_single(name: str, dtype: torch.dtype, pair_of: Callable[[str], Pair]) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), [("C", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float16)]
+)
+def test_half_precision_stays_near_single(
+    name: str, kernels: Kernels, dtype: torch.dtype, pair_of: Callable[[str], Pair]
+) -> None:
     """Prompts in chunks, then decodes; within rounding of the float32 logits, which span several units."""
     pair = pair_of(name)
     tokens = random_tokens(40, seed=4)
-    driver = Driver(load_model(pair.path, dtype))
+    driver = Driver(pair.path, kernels, dtype=dtype)
     stream = driver.start(tokens)
     for chunk in (17, 20, 1, 1, 1):
         driver.step([(stream, chunk)])

@@ -1,0 +1,45 @@
+"""The engine of this project, as `manta generate` drives it, without text."""
+
+from collections.abc import Sequence
+
+import engine as _spinning  # noqa: F401  Bounds the spinning of threads; has to come before torch.
+from engine.build import build_engine
+from engine.config import EngineConfig, KVConfig, Quantization
+from engine.sampling_params import SamplingParams
+from engine.sequence import Request
+
+from .wire import Item, Load, Timeline, bytes_of_files, serve
+
+_QUANTIZATION: dict[str, Quantization] = {"bf16": "auto", "w8a8": "w8a8", "w4a16": "w4a16"}
+
+
+class Manta:
+    version = "this tree"
+
+    def __init__(self, load: Load) -> None:
+        config = EngineConfig(
+            model=load.model,
+            threads=load.threads,
+            quantization=_QUANTIZATION[load.format],
+            kv=KVConfig(memory=load.kv_bytes),
+        )
+        self.weight_bytes = bytes_of_files(load.model, ".safetensors")
+        self._engine = build_engine(config)
+
+    def prepare(self, items: Sequence[Item]) -> None:
+        pass
+
+    def run(self, items: Sequence[Item], timeline: Timeline) -> None:
+        for index, item in enumerate(items):
+            params = SamplingParams(max_tokens=item.output_tokens, temperature=0.0, ignore_eos=True)
+            self._engine.add(Request(str(index), tuple(item.prompt), params))
+        while self._engine.has_work():
+            emissions = self._engine.step()
+            errors = [emission.error for emission in emissions if emission.error is not None]
+            if errors:
+                raise RuntimeError(errors[0])
+            timeline.note((int(emission.request_id), emission.token_ids) for emission in emissions)
+
+
+if __name__ == "__main__":
+    serve(Manta)

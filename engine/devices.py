@@ -1,0 +1,139 @@
+"""Where a replica computes: what differs between a CPU and a GPU when an engine is put together. Chosen once, at start.
+
+Imports a device's kernels only when that device is chosen.
+"""
+
+import logging
+from concurrent.futures import Future
+from threading import Thread
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from engine.config import EngineConfig, SchedulerConfig
+from engine.forward import Backend, CpuBackend, ReferenceBackend
+from engine.kernels.cpu.compiler import load_library
+from engine.kernels.cpu.library import Library
+from engine.kernels.cpu.operators import missing_kernel
+from engine.kernels.cpu.threads import bind_threads
+from engine.kernels.cpu.vocabulary import CpuReductions
+from engine.machine import available_bytes, available_cores
+from engine.runner import LOGPROB_ROWS
+from engine.sampler import Sampler
+
+if TYPE_CHECKING:
+    from engine.models.loader import LoadedModel
+
+log = logging.getLogger(__name__)
+
+CPU_PAGE_TOKENS = 16
+
+
+class Device(Protocol):
+    """One kind of device, with what the configuration leaves open resolved."""
+
+    name: str
+    """For torch."""
+    page_tokens: int
+    spare_pages: int
+    """Pages that the cache needs beyond those of its pool."""
+
+    def backend(self, loaded: "LoadedModel") -> Backend:
+        """The kernels that this model runs on."""
+
+    def free_bytes(self) -> int:
+        """Memory that nobody has taken yet."""
+
+    def sampler(self) -> Sampler:
+        """Called by the thread that will run the steps."""
+
+
+class Cpu:
+    """The C kernels, compiled while the weights are read; plain torch where that fails."""
+
+    name = "cpu"
+    spare_pages = 0
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Sets torch's threads and begins to compile."""
+        self.threads = available_cores() if config.threads == "auto" else config.threads
+        self.page_tokens = CPU_PAGE_TOKENS if config.kv.page_tokens == "auto" else config.kv.page_tokens
+        self._scheduler = config.scheduler
+        torch.set_num_threads(self.threads)
+        self._library: Future[Library | None] = Future()
+        Thread(target=self._compile, name="compile-kernels", daemon=True).start()
+
+    def backend(self, loaded: "LoadedModel") -> Backend:
+        return choose_backend(self._library.result(), loaded.dtype, loaded.spec.head_dim, self.threads, self._scheduler)
+
+    def free_bytes(self) -> int:
+        return available_bytes()
+
+    def sampler(self) -> Sampler:
+        library = self._library.result()
+        if library is None:
+            return Sampler()
+        bind_threads(library, self.threads)
+        return Sampler(CpuReductions(library, self.threads))
+
+    def _compile(self) -> None:
+        try:
+            self._library.set_result(load_library())
+        except BaseException as error:
+            self._library.set_exception(error)
+
+
+class Cuda:
+    """One GPU."""
+
+    name = "cuda"
+
+    def __init__(self, config: EngineConfig) -> None:
+        from engine.kernels.cuda.backend import PAGE_TOKENS, SPARE_PAGES
+
+        self.page_tokens = PAGE_TOKENS if config.kv.page_tokens == "auto" else config.kv.page_tokens
+        self.spare_pages = SPARE_PAGES
+        self._config = config
+
+    def backend(self, loaded: "LoadedModel") -> Backend:
+        from engine.kernels.cuda.backend import CudaBackend
+
+        return CudaBackend(
+            loaded.dtype,
+            max_sequences=self._config.scheduler.max_sequences,
+            page_tokens=self.page_tokens,
+            fp8=self._config.quantization == "fp8",
+        )
+
+    def free_bytes(self) -> int:
+        from engine.kernels.cuda.backend import free_bytes
+
+        return free_bytes()
+
+    def sampler(self) -> Sampler:
+        return Sampler()
+
+
+def choose_device(config: EngineConfig) -> Device:
+    """The device that the configuration names; "auto" is a GPU where there is one. Raises ValueError."""
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ValueError('device "cuda" needs a CUDA device and a CUDA build of torch; use "cpu" or "auto" here')
+    if has_gpu and config.device != "cpu":
+        return Cuda(config)
+    if config.quantization == "fp8":
+        raise ValueError('quantization "fp8" needs a CUDA device; on a CPU use "w8a8"')
+    return Cpu(config)
+
+
+def choose_backend(
+    library: Library | None, dtype: torch.dtype, head_dim: int, threads: int, scheduler: SchedulerConfig
+) -> CpuBackend | ReferenceBackend:
+    """The C kernels where they were compiled and know the model, else plain torch."""
+    if library is None:
+        return ReferenceBackend()
+    if reason := missing_kernel(dtype, head_dim):
+        log.warning("%s; the slower reference kernels run", reason)
+        return ReferenceBackend()
+    max_rows = max(scheduler.max_sequences, LOGPROB_ROWS)
+    return CpuBackend(library, threads, max_tokens=scheduler.max_batch_tokens, max_rows=max_rows)

@@ -1,0 +1,175 @@
+"""A model that is ready for steps: token ids and their layout in, hidden states and logits out.
+
+Two ways to run one decoder: `EagerForward` calls its operators one by one, `ProgramForward` records them once and runs
+the recording. A `Backend` is the operators together with the way to run them. Knows no batch, no sequence, no sampling.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.kernels import AttentionLayout, Operators, ReferenceOperators
+from engine.kernels.cpu.library import Library
+from engine.kernels.cpu.operators import CpuOperators
+from engine.kernels.cpu.program import Program, Recorder, StepArrays
+from engine.kv.cache import PagedKVCache
+from engine.models.decoder import Decoder
+from engine.models.rope import Rope
+from engine.models.spec import LearnedPositions, ModelSpec
+
+
+class Forward(Protocol):
+    """A decoder over a cache. What it returns is valid until its next call."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where callers put token ids, layouts and rows."""
+
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        """[T] int64 token ids to [T, hidden]; writes the keys and values of these tokens into the cache."""
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Logits [R, vocab] float32 of the rows ([R] int64) of what `hidden` returned. The caller may write to them."""
+
+
+class Backend(Protocol):
+    """Operators to build a decoder on, and then the way to run it."""
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+
+    @property
+    def operators(self) -> Operators: ...
+
+    def forward(self, decoder: Decoder, cache: PagedKVCache) -> Forward:
+        """Makes the decoder, which was built on `operators`, ready to run over a cache. Called once."""
+
+
+class ReferenceBackend:
+    """Plain torch, any device and dtype."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self.operators = ReferenceOperators()
+
+    def forward(self, decoder: Decoder, cache: PagedKVCache) -> "EagerForward":
+        return EagerForward(decoder, cache)
+
+
+class CpuBackend:
+    """The C kernels, one program for all steps; float32 and bfloat16."""
+
+    name = "C"
+
+    def __init__(self, library: Library, threads: int, *, max_tokens: int, max_rows: int) -> None:
+        """`max_tokens` of one step, and `max_rows` whose logits are asked for at once."""
+        self._recorder = Recorder(library, threads, max_tokens)
+        self._max_rows = max_rows
+        self.operators = CpuOperators(self._recorder)
+
+    def forward(self, decoder: Decoder, cache: PagedKVCache) -> "ProgramForward":
+        return ProgramForward(decoder, cache, self._recorder, max_rows=self._max_rows)
+
+
+class EagerForward:
+    """Runs operator by operator, on whatever device the cache is on."""
+
+    def __init__(self, decoder: Decoder, cache: PagedKVCache) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._rope = make_rope(decoder.spec, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._cache.pages.device
+
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        # The reference attention gathers whole pages: a weight of zero does not hide what an earlier owner left there.
+        self._cache.clear(opened_pages(layout))
+        return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache)
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return self._decoder.logits(hidden[rows])
+
+
+class ProgramForward:
+    """Records a decoder whose operators work into `recorder`, and runs the recording (`engine.kernels.cpu.program`)."""
+
+    def __init__(self, decoder: Decoder, cache: PagedKVCache, recorder: Recorder, *, max_rows: int) -> None:
+        """Steps have at most `recorder.capacity` tokens, and logits are asked for at most `max_rows` rows at once."""
+        rope = make_rope(decoder.spec, self.device)
+        self._eager_rope: Rope | None = None
+        self._angles: Tensor | None = None
+        if rope is not None and not self._record_angles(rope, recorder):
+            self._eager_rope = rope
+        angles = None if rope is None else recorder.empty(recorder.capacity, rope.dim, dtype=torch.float32)
+        layout = _placeholder(recorder, cache.page_tokens)
+        hidden = decoder.forward(recorder.token_ids, layout, angles, cache)
+        self.program: Program = recorder.program(hidden)
+        picked = recorder.empty(max_rows, hidden.shape[1], dtype=hidden.dtype)
+        self.head: Program = recorder.program(decoder.logits(picked), inputs=(picked,))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
+        angles = self._angles if self._eager_rope is None else cos_sin(self._eager_rope, layout)
+        return self.program.run(StepArrays(len(token_ids), token_ids, layout, angles))
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        torch.index_select(hidden, 0, rows, out=self.head.inputs[0][: len(rows)])
+        return self.head.run(StepArrays(len(rows)))
+
+    def _record_angles(self, rope: Rope, recorder: Recorder) -> bool:
+        """Makes the rotary angles a part of the program, unless they depend on more than positions."""
+        frequencies = rope.fixed_frequencies
+        if frequencies is None:
+            return False
+        self._angles = torch.empty(recorder.capacity, rope.dim)
+        recorder.emit(
+            "rotary_angles",
+            StepArrays(recorder.capacity),
+            inverse_frequencies=frequencies,
+            pairs=len(frequencies),
+            amplitude=rope.amplitude,
+            cos_sin=self._angles,
+        )
+        return True
+
+
+def make_rope(spec: ModelSpec, device: torch.device) -> Rope | None:
+    """The rotary positions of a model; None if it has learned ones."""
+    return None if isinstance(spec.positions, LearnedPositions) else Rope(spec.positions, device)
+
+
+def cos_sin(rope: Rope | None, layout: AttentionLayout) -> Tensor | None:
+    return None if rope is None else rope.cos_sin(layout.positions, layout.contexts)
+
+
+def opened_pages(layout: AttentionLayout) -> Tensor:
+    """[N] int64 pages that this step begins to write and does not fill; other slots hold what was there before."""
+    last = layout.context_lens.to(torch.int64) - 1
+    first_written = last + 1 - torch.diff(layout.cu_seq_q)
+    column = last // layout.page_tokens
+    is_opened = (column * layout.page_tokens >= first_written) & (last % layout.page_tokens < layout.page_tokens - 1)
+    return layout.page_table.gather(1, column.unsqueeze(1)).squeeze(1)[is_opened].to(torch.int64)
+
+
+def _placeholder(recorder: Recorder, page_tokens: int) -> AttentionLayout:
+    """A layout without contents; a program takes them from each step."""
+    nothing = torch.empty(0, dtype=torch.int64, device="meta")
+    return AttentionLayout(
+        positions=recorder.positions,
+        contexts=nothing,
+        slots=nothing,
+        cu_seq_q=nothing,
+        context_lens=nothing,
+        page_table=nothing,
+        page_tokens=page_tokens,
+        query_lens=(),
+        lens=(),
+    )

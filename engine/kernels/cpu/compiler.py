@@ -1,0 +1,237 @@
+"""Compiles the kernels at first use and keeps the result. Owns the compiler, its flags and the cache; knows no kernel.
+
+The result is code that this process runs, so the cache is a folder that only this user can write, and a file in it is
+used only if it is whole and this user's own.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+
+from engine.kernels.cpu.library import SOURCE, Library
+from engine.machine import available_cores
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 60.0
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_MESSAGE_CHARACTERS = 1000
+_OPENMP = re.compile(r"(/.*/lib(?:gomp|omp|iomp5)\b[^/]*\.so[^/]*)$", re.MULTILINE)
+
+
+class CompileError(Exception):
+    """There is no library: says what was tried and what came of it, with the end of the compiler's message."""
+
+
+@cache
+def load_library() -> Library | None:
+    """The kernels for this machine; None, with one warning, where they cannot be had."""
+    try:
+        return compile_library()
+    except CompileError as error:
+        log.warning("no compiled kernels: %s; the slower reference kernels run instead", error)
+        return None
+
+
+def compile_library(march: str = "native", *, folder: Path | None = None, source: Path = SOURCE) -> Library:
+    """The C files of `source` for instruction set `march`, from the cache in `folder` or compiled now.
+
+    Raises CompileError.
+    """
+    recipe = _recipe(march, source)
+    kept = (folder or _cache_folder()) / f"{recipe.key}.so"
+    if (library := _load_kept(kept)) is not None:
+        return library
+    with tempfile.TemporaryDirectory(prefix="manta-kernels-") as made_in:
+        began = time.monotonic()
+        made = _build(recipe, Path(made_in), began + TIMEOUT_S)
+        path = _keep(made, kept)
+        log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, path)
+        return _load(path)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the library depends on."""
+
+    compiler: tuple[str, ...]
+    version: str
+    flags: tuple[str, ...]
+    openmp: Path
+    cpu: str
+    source: Path
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """C files, those that take longest first."""
+        return sorted(self.source.glob("*.c"), key=lambda path: -path.stat().st_size)
+
+    @cached_property
+    def key(self) -> str:
+        """A name for the result: other instructions, another compiler or other sources have another one."""
+        digest = hashlib.sha256(repr((self.compiler, self.version, self.flags, str(self.openmp), self.cpu)).encode())
+        for path in sorted(self.source.glob("*.[ch]")):
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:32]
+
+
+def _recipe(march: str, source: Path) -> Recipe:
+    compiler = _find_compiler()
+    version = _call([*compiler, "--version"], time.monotonic() + TIMEOUT_S)
+    # On Arm, clang takes the name of a CPU but not of an instruction set as "native"; gcc takes both.
+    arm = platform.machine() in ("aarch64", "arm64")
+    flags = (*_FLAGS, f"-{'mcpu' if arm else 'march'}={march}")
+    return Recipe(compiler, version, flags, _openmp_runtime(), _cpu(), source)
+
+
+def _find_compiler() -> tuple[str, ...]:
+    if chosen := shlex.split(os.environ.get("CC", "")):
+        return tuple(chosen)
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return (found,)
+    raise CompileError("no C compiler: $CC is not set, and neither cc, gcc nor clang is on the PATH")
+
+
+def _openmp_runtime() -> Path:
+    """The runtime that torch has loaded: with another one, this process would have two pools of threads."""
+    try:
+        loaded = _OPENMP.findall(Path("/proc/self/maps").read_text())
+    except OSError as error:
+        raise CompileError(f"cannot tell which OpenMP runtime torch has loaded: {error}") from error
+    if not loaded:
+        raise CompileError("torch has loaded no OpenMP runtime to share (libgomp, libomp or libiomp5)")
+    # Other packages may have loaded theirs; torch's wheels bring their own.
+    home = str(Path(torch.__file__).resolve().parent)
+    return Path(min(loaded, key=lambda path: not path.startswith(home)))
+
+
+def _cpu() -> str:
+    """What tells CPUs with different instructions apart, which may share a home directory."""
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        instructions = ""
+    return f"{platform.machine()} {instructions or platform.processor()}"
+
+
+def _build(recipe: Recipe, folder: Path, deadline: float) -> Path:
+    """Compiles each file in its own process, as many at once as there are cores, and links them."""
+
+    def compile_file(path: Path) -> str:
+        began = time.monotonic()
+        target = str(folder / f"{path.stem}.o")
+        _call([*recipe.compiler, *recipe.flags, "-c", str(path), "-o", target], deadline)
+        log.debug("%s: %.2f s", path.name, time.monotonic() - began)
+        return target
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        objects = list(pool.map(compile_file, recipe.files))
+    library = folder / "kernels.so"
+    _call([*recipe.compiler, "-shared", *objects, str(recipe.openmp), "-lm", "-o", str(library)], deadline)
+    return library
+
+
+def _call(command: Sequence[str], deadline: float) -> str:
+    """Runs one process of the compiler and returns what it printed."""
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise CompileError(f"the compiler {command[0]} cannot be run: {error}") from error
+    try:
+        output, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        # The compiler is a driver with processes of its own, which hold the pipe open.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise CompileError(f"{shlex.join(command)} took more than {TIMEOUT_S:.0f} s") from None
+    if process.returncode != 0:
+        message = output.strip()[-_MESSAGE_CHARACTERS:]
+        raise CompileError(f"{shlex.join(command)} failed with status {process.returncode}: {message or 'no message'}")
+    return output
+
+
+def _cache_folder() -> Path:
+    if chosen := os.environ.get("MANTA_CACHE"):
+        return Path(chosen) / "kernels"
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "manta" / "kernels"
+    try:
+        return Path.home() / ".cache" / "manta" / "kernels"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"manta-kernels-{os.geteuid()}"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody but this user can have written what is there."""
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _load_kept(path: Path) -> Library | None:
+    """The library of an earlier compilation; None where it is missing, damaged or not ours, and to be made anew."""
+    try:
+        if not (_is_ours(path.parent) and _is_ours(path)):
+            return None
+        content = path.read_bytes()
+        # A damaged file could be loaded and crash later, so its digest is kept behind the part that the loader reads.
+        if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
+            return None
+        return _load(path)
+    except (OSError, CompileError):
+        return None
+
+
+def _keep(made: Path, kept: Path) -> Path:
+    """Puts the library into the cache in one step; returns where it is now, which is where it was if that fails."""
+    content = made.read_bytes()
+    aside = kept.with_name(f".{kept.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(kept.parent):
+            raise PermissionError(
+                f"others than this user can write to {kept.parent}; it should be this user's, with mode 700"
+            )
+        aside.write_bytes(content + hashlib.sha256(content).digest())
+        aside.chmod(0o600)
+        aside.replace(kept)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        log.warning("the compiled kernels cannot be kept, so every start compiles them again: %s", error)
+        return made
+    return kept
+
+
+def _load(path: Path) -> Library:
+    try:
+        return Library(path)
+    except (OSError, AttributeError) as error:
+        raise CompileError(f"the compiled library cannot be loaded: {error}") from error

@@ -1,0 +1,304 @@
+"""Linear layers of the CPU: weights packed once into the panels of linear.h, and the operations that multiply by them.
+
+Owns which packed form a weight gets and the memory that it lies in. Knows nothing of how the products are computed.
+"""
+
+import ctypes
+import math
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu.program import Field, StepArrays, Target
+from engine.kernels.operators import Embedding
+from engine.models.spec import Activation
+from engine.quant.weights import Int4Weight, Int8Weight, Weight
+
+PANEL = 32
+"""Columns of a panel, as in linear_tile.h."""
+_GROUP_UNIT = 32
+_MAX_INT8_CHANNELS = 2**17
+_QUANTIZED_ROW_ALIGNMENT = 64
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NO_ACTIVATION = -1
+_ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def pack_linear(
+    target: Target,
+    weight: Weight,
+    bias: Tensor | None = None,
+    *,
+    gate: Activation | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> "PackedLinear":
+    """Packs a weight [out, in]; nothing of the original is kept. `out_dtype` None is the dtype of x.
+
+    Raises ValueError for a shape and TypeError for a dtype that has no kernel.
+    """
+    layer = _Layer(target, weight, bias, gate, out_dtype)
+    if isinstance(weight, Int8Weight):
+        return Int8Linear(layer, weight)
+    if isinstance(weight, Int4Weight):
+        return Int4Linear(layer, weight)
+    return DenseLinear(layer, weight)
+
+
+class _Layer:
+    """What is the same for every form of a weight."""
+
+    def __init__(
+        self,
+        target: Target,
+        weight: Weight,
+        bias: Tensor | None,
+        gate: Activation | None,
+        out_dtype: torch.dtype | None,
+    ) -> None:
+        self.out, self.columns = weight.shape
+        if gate is not None and self.out % 2:
+            raise ValueError(f"a gated weight is [gate; up] of equal heights; this one has {self.out} rows")
+        self.target = target
+        self.gate = gate
+        self.out_dtype = out_dtype
+        self.bias = None if bias is None else panel_order(bias.to(torch.float32), gated=self.gated)
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    @property
+    def panels(self) -> int:
+        return math.ceil(self.out // 2 / (PANEL // 2)) if self.gated else math.ceil(self.out / PANEL)
+
+    def multiply(self, operation: str, x: Tensor, **fields: Field) -> Tensor:
+        """Emits a product; `fields` are those that only this operation has."""
+        if x.dtype not in _DTYPES or x.shape[1] != self.columns or (self.columns > 1 and x.stride(1) != 1):
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}; the weight takes float32 or bfloat16 "
+                f"[T, {self.columns}] with neighbouring columns"
+            )
+        dtype = self.out_dtype or x.dtype
+        y = self.target.empty(x.shape[0], self.out // 2 if self.gated else self.out, dtype=dtype)
+        gate = _NO_ACTIVATION if self.gate is None else _ACTIVATIONS[self.gate]
+        self.target.emit(
+            operation,
+            StepArrays(x.shape[0]),
+            x=x,
+            x_stride=x.stride(0),
+            dtype=_DTYPES[x.dtype],
+            bias=self.bias,
+            out=self.out,
+            gate=gate,
+            y=y,
+            y_dtype=_DTYPES[dtype],
+            **{"in": self.columns},
+            **fields,
+        )
+        return y
+
+    def rows(self, operation: str, y_dtype: torch.dtype, **fields: Field) -> Embedding:
+        """A lookup of rows that `operation` does; `fields` are those that only it has."""
+        if self.gated:
+            raise ValueError("a gated weight is no table of embeddings")
+
+        def embed(ids: Tensor) -> Tensor:
+            y = self.target.empty(len(ids), self.columns, dtype=y_dtype)
+            step = StepArrays(len(ids), token_ids=None if ids.is_meta else ids)
+            self.target.emit(operation, step, y=y, y_dtype=_DTYPES[y_dtype], **{"in": self.columns}, **fields)
+            return y
+
+        return embed
+
+    def pack_bytes(self, values: Tensor) -> Tensor:
+        """Panels of a weight whose elements are whole bytes."""
+        values = values.contiguous()
+        row_bytes = self.columns * values.element_size()
+        packed = packed_memory(self.panels * PANEL * 4 * math.ceil(row_bytes / 4))
+        pack = self.target.library.function("pack_dense")
+        pack.restype = None
+        pack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
+        pack(values.data_ptr(), row_bytes, self.out, self.gated, self.target.threads, packed.data_ptr())
+        return packed
+
+
+class PackedLinear(ABC):
+    """`x @ weight.T + bias` with a packed weight; see `engine.kernels.Operators.linear`."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of the packed weight with its scales."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in] to [T, out], or with a gate to [T, out / 2]. Rows of x may lie apart. Raises ValueError."""
+
+    @abstractmethod
+    def rows(self, dtype: torch.dtype) -> Embedding:
+        """Rows of the weight, dequantized, by the step's token ids: [T] int64 to [T, in].
+
+        Raises ValueError with a gate.
+        """
+
+
+class DenseLinear(PackedLinear):
+    """A float32 or bfloat16 weight; x has the same dtype."""
+
+    def __init__(self, layer: _Layer, weight: Tensor) -> None:
+        if weight.dtype not in _DTYPES:
+            raise TypeError(f"a dense weight is float32 or bfloat16, not {weight.dtype}")
+        self._layer = layer
+        self._dtype = weight.dtype
+        self._weight = layer.pack_bytes(weight)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.numel()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != self._dtype:
+            raise ValueError(f"x is {x.dtype}, the weight {self._dtype}")
+        return self._layer.multiply("linear_dense", x, weight=self._weight)
+
+    def rows(self, dtype: torch.dtype) -> Embedding:
+        return self._layer.rows("embed_dense", dtype, weight=self._weight, dtype=_DTYPES[self._dtype])
+
+
+class Int8Linear(PackedLinear):
+    """An int8 weight; rows of x are quantized as they come (W8A8)."""
+
+    def __init__(self, layer: _Layer, weight: Int8Weight) -> None:
+        if layer.columns > _MAX_INT8_CHANNELS:
+            raise ValueError(
+                f"{layer.columns} input channels: sums of int8 products are exact up to {_MAX_INT8_CHANNELS}"
+            )
+        self._layer = layer
+        self._weight = layer.pack_bytes(weight.values)
+        self._scales = panel_order(weight.scale.to(torch.float32), gated=layer.gated)
+        self._column_sums = self._sum_columns()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.numel() + self._scales.nbytes + self._column_sums.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tokens, target = x.shape[0], self._layer.target
+        width = _QUANTIZED_ROW_ALIGNMENT * math.ceil(self._layer.columns / _QUANTIZED_ROW_ALIGNMENT)
+        return self._layer.multiply(
+            "linear_int8",
+            x,
+            weight=self._weight,
+            scales=self._scales,
+            column_sums=self._column_sums,
+            x_values=target.empty(tokens, width, dtype=torch.uint8),
+            x_scales=target.empty(tokens, dtype=torch.float32),
+        )
+
+    def rows(self, dtype: torch.dtype) -> Embedding:
+        return self._layer.rows("embed_int8", dtype, weight=self._weight, scales=self._scales)
+
+    def _sum_columns(self) -> Tensor:
+        layer, target = self._layer, self._layer.target
+        sums = torch.empty(layer.panels * PANEL, dtype=torch.int32)
+        add = target.library.function("sum_int8_columns")
+        add.restype = None
+        add.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+        add(self._weight.data_ptr(), layer.columns, layer.panels, target.threads, sums.data_ptr())
+        return sums
+
+
+class Int4Linear(PackedLinear):
+    """An int4 weight in groups; x stays as it is (W4A16)."""
+
+    def __init__(self, layer: _Layer, weight: Int4Weight) -> None:
+        self._group = weight.group
+        if self._group % _GROUP_UNIT or self._group * weight.scale.shape[1] != layer.columns:
+            raise ValueError(
+                f"{layer.columns} input channels in groups of {self._group}: groups are multiples of {_GROUP_UNIT} "
+                "that divide them"
+            )
+        self._layer = layer
+        self._zeros = weight.zero is not None
+        self._order = None if weight.order is None else weight.order.to(torch.int64).contiguous()
+        self._weight = self._pack(weight)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.numel() + (0 if self._order is None else self._order.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self._ordered(x)
+        groups = self._layer.columns // self._group
+        x_sums = self._layer.target.empty(x.shape[0], groups, dtype=torch.float32) if self._zeros else None
+        return self._layer.multiply(
+            "linear_int4", x, weight=self._weight, group=self._group, zeros=int(self._zeros), x_sums=x_sums
+        )
+
+    def rows(self, dtype: torch.dtype) -> Embedding:
+        return self._layer.rows(
+            "embed_int4", dtype, weight=self._weight, group=self._group, zeros=int(self._zeros), order=self._order
+        )
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        """x with its columns in the order of the weight's storage."""
+        if self._order is None:
+            return x
+        y = self._layer.target.empty(*x.shape, dtype=x.dtype)
+        self._layer.target.emit(
+            "gather_columns",
+            StepArrays(x.shape[0]),
+            x=x,
+            x_stride=x.stride(0),
+            dtype=_DTYPES[x.dtype],
+            order=self._order,
+            y=y,
+            **{"in": self._layer.columns},
+        )
+        return y
+
+    def _pack(self, weight: Int4Weight) -> Tensor:
+        layer = self._layer
+        groups, header_steps = weight.scale.shape[1], 2 if self._zeros else 1
+        packed = packed_memory(layer.panels * groups * (header_steps + self._group // 8) * PANEL * 4)
+        values, scale = weight.packed.contiguous(), weight.scale.to(torch.float32).contiguous()
+        zero = None if weight.zero is None else weight.zero.contiguous()
+        pack = layer.target.library.function("pack_int4")
+        pack.restype = None
+        pack.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 5, ctypes.c_void_p]
+        pack(
+            values.data_ptr(),
+            scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            layer.columns,
+            self._group,
+            layer.out,
+            layer.gated,
+            layer.target.threads,
+            packed.data_ptr(),
+        )
+        return packed
+
+
+def panel_order(columns: Tensor, *, gated: bool) -> Tensor:
+    """[out] values, one for each row of a weight, as its panels have them: [panels * PANEL], zeros for the padding."""
+    if not gated:
+        return torch.nn.functional.pad(columns, (0, -len(columns) % PANEL)).contiguous()
+    half = PANEL // 2
+    pair = columns.view(2, -1)
+    return torch.nn.functional.pad(pair, (0, -pair.shape[1] % half)).view(2, -1, half).transpose(0, 1).flatten()
+
+
+def packed_memory(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8 zeros for a packed weight, aligned to a page, in large pages where the system has them."""
+    length = max(num_bytes, 1)
+    if hasattr(mmap, "MAP_ANONYMOUS"):
+        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, length)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)

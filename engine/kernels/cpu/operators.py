@@ -1,0 +1,128 @@
+"""The operators of the CPU: what a decoder asks for, as operations of the C library. Owns shapes, dtypes, addresses."""
+
+import torch
+from torch import Tensor
+
+from engine.kernels.cpu.attention import HEAD_DIM_STEP, LARGEST_HEAD_DIM, CpuAttention
+from engine.kernels.cpu.linear import PackedLinear, pack_linear
+from engine.kernels.cpu.program import StepArrays, Target
+from engine.kernels.operators import AttentionLayout, Embedding, Linear
+from engine.models.spec import Activation
+from engine.quant.weights import Weight
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that the kernels compute on, and their number in step.h."""
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def missing_kernel(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a model cannot run on these operators; None if it can."""
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no C kernels (bfloat16 and float32 have)"
+    if head_dim % HEAD_DIM_STEP or head_dim > LARGEST_HEAD_DIM:
+        return (
+            f"heads of {head_dim} values have no C kernels (multiples of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM} have)"
+        )
+    return None
+
+
+class CpuOperators:
+    """`engine.kernels.Operators` in C, for float32 and bfloat16. Rows of inputs are contiguous."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        gate: Activation | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Linear:
+        return pack_linear(self._target, weight, bias, gate=gate, out_dtype=out_dtype)
+
+    def embedding(self, table: Tensor) -> Embedding:
+        return CpuEmbedding(self._target, table.contiguous())
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+        assert isinstance(head, PackedLinear)
+        return head.rows(dtype)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        y = self._like(a)
+        self._target.emit("add", _rows(a), a=a, b=b, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype])
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, total = self._like(x), x if residual is None else self._like(x)
+        self._target.emit(
+            "rms_norm",
+            _rows(x),
+            x=x,
+            residual=residual,
+            weight=weight,
+            eps=eps,
+            y=y,
+            total=None if residual is None else total,
+            width=x.shape[-1],
+            dtype=DTYPES[x.dtype],
+        )
+        return y, total
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        y, total = self._like(x), x if residual is None else self._like(x)
+        self._target.emit(
+            "layer_norm",
+            _rows(x),
+            x=x,
+            residual=residual,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            y=y,
+            total=None if residual is None else total,
+            width=x.shape[-1],
+            dtype=DTYPES[x.dtype],
+        )
+        return y, total
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        y = self._like(x)
+        number = ACTIVATIONS[activation]
+        self._target.emit("activate", _rows(x), x=x, y=y, width=x.shape[-1], activation=number, dtype=DTYPES[x.dtype])
+        return y
+
+    def attention(self, layout: AttentionLayout) -> CpuAttention:
+        return CpuAttention(self._target, layout)
+
+    def _like(self, x: Tensor) -> Tensor:
+        return self._target.empty(*x.shape, dtype=x.dtype)
+
+
+class CpuEmbedding:
+    """Rows of a table by token id, or, for a program's positions, by position."""
+
+    def __init__(self, target: Target, table: Tensor) -> None:
+        self._target = target
+        self._table = table
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        rows, width = len(ids), self._table.shape[1]
+        y = self._target.empty(rows, width, dtype=self._table.dtype)
+        self._target.emit(
+            "embed",
+            StepArrays(rows, token_ids=None if ids.is_meta else ids),
+            table=self._table,
+            from_positions=self._target.is_positions(ids),
+            width=width,
+            dtype=DTYPES[self._table.dtype],
+            y=y,
+        )
+        return y
+
+
+def _rows(x: Tensor) -> StepArrays:
+    return StepArrays(x.shape[0])

@@ -1,0 +1,28 @@
+/* The matrix product inside attention: small, in cache, and on words (see attention_words.h). */
+#ifndef MANTA_ATTENTION_PRODUCT_H
+#define MANTA_ATTENTION_PRODUCT_H
+
+#include "attention_words.h"
+
+/* Which numbers are multiplied: floats, pairs of bf16, or four int8, of which those of `a` or of `b` have a sign. Sums
+ * of the latter are int32. */
+enum factors { FLOAT_FLOAT, PAIR_PAIR, SIGNED_UNSIGNED, UNSIGNED_SIGNED };
+
+/* c [rows][columns] = a [rows][depth] b [depth][columns]. Strides are in words. Each element is summed over the depth
+ * in order, so it does not depend on the rows and columns beside it. */
+struct product {
+    int64_t rows;
+    int64_t columns;                /* a multiple of VF */
+    int64_t depth;                  /* words */
+    const uint32_t *a;
+    int64_t a_stride;
+    const uint32_t *b;
+    int64_t b_stride;
+    float *c;
+    int64_t c_stride;
+    bool add;                       /* to what c holds; not for int8 */
+};
+
+void multiply(enum factors factors, const struct product *product);
+
+#endif

@@ -1,0 +1,86 @@
+/* Rows of packed weights, as embeddings. */
+#include "linear_tile.h"
+
+/* Where column `row` of a weight without a gate begins. */
+static const char *column_of(const void *weight, int64_t row, int64_t panel_bytes) {
+    return (const char *)weight + row / PANEL * panel_bytes + row % PANEL * 4;
+}
+
+/* ---- dense ---- */
+
+INLINE void dense_row(const struct embed_dense *args, int64_t dtype, int64_t y_dtype, int64_t row, int64_t token) {
+    const int64_t width = dtype == F32 ? 4 : 2, channels = 4 / width;
+    const char *column = column_of(args->weight, row, (args->in * width + 3) / 4 * STEP_BYTES);
+    for (int64_t i = 0; i < args->in; i += VF) {
+        const int64_t count = args->in - i < VF ? args->in - i : VF;
+        char values[4 * VF] = {0};
+        for (int64_t step = 0; step * channels < count; step++) {
+            memcpy(values + 4 * step, column + (i / channels + step) * STEP_BYTES, 4);
+        }
+        vf_put(args->y, y_dtype, token * args->in + i, count, vf_get(values, dtype, 0, VF));
+    }
+}
+
+void embed_dense(const struct embed_dense *args, const struct step *step, struct team *team) {
+    int64_t begin, end;
+    team_share(team, step->tokens, &begin, &end);
+    for (int64_t token = begin; token < end; token++) {
+        const int64_t row = step->token_ids[token];
+        if (args->dtype == F32) {
+            args->y_dtype == F32 ? dense_row(args, F32, F32, row, token) : dense_row(args, F32, BF16, row, token);
+        } else {
+            args->y_dtype == F32 ? dense_row(args, BF16, F32, row, token) : dense_row(args, BF16, BF16, row, token);
+        }
+    }
+}
+
+/* ---- quantized: one value after the other ---- */
+
+static void put_value(void *y, int64_t y_dtype, int64_t at, float value) {
+    if (y_dtype == F32) {
+        vf_put(y, F32, at, 1, vf_set(value));
+    } else {
+        vf_put(y, BF16, at, 1, vf_set(value));
+    }
+}
+
+void embed_int8(const struct embed_int8 *args, const struct step *step, struct team *team) {
+    int64_t begin, end;
+    team_share(team, step->tokens, &begin, &end);
+    for (int64_t token = begin; token < end; token++) {
+        const int64_t row = step->token_ids[token];
+        const char *column = column_of(args->weight, row, (args->in + 3) / 4 * STEP_BYTES);
+        for (int64_t i = 0; i < args->in; i++) {
+            const int8_t value = (int8_t)column[i / 4 * STEP_BYTES + i % 4];
+            put_value(args->y, args->y_dtype, token * args->in + i, (float)value * args->scales[row]);
+        }
+    }
+}
+
+static void int4_row(const struct embed_int4 *args, int64_t row, int64_t token) {
+    const int64_t groups = args->in / args->group, header = int4_header_steps(args->zeros);
+    const int64_t group_bytes = int4_group_bytes(args->group, args->zeros);
+    const char *column = column_of(args->weight, row, groups * group_bytes);
+    for (int64_t i = 0; i < args->in; i++) {
+        const char *group = column + i / args->group * group_bytes;
+        const int64_t inside = i % args->group, channel = inside % INT4_STEP;
+        float scale, shift = 0;
+        uint32_t halves;
+        memcpy(&scale, group, sizeof scale);
+        if (args->zeros) {
+            memcpy(&shift, group + STEP_BYTES, sizeof shift);
+        }
+        memcpy(&halves, group + (header + inside / INT4_STEP) * STEP_BYTES, sizeof halves);
+        const int32_t value = (int32_t)(halves >> (channel % 2 * 16 + channel / 2 * 4) & 15) - 8;
+        const int64_t to = args->order == NULL ? i : args->order[i];
+        put_value(args->y, args->y_dtype, token * args->in + to, (float)value * scale + shift);
+    }
+}
+
+void embed_int4(const struct embed_int4 *args, const struct step *step, struct team *team) {
+    int64_t begin, end;
+    team_share(team, step->tokens, &begin, &end);
+    for (int64_t token = begin; token < end; token++) {
+        int4_row(args, step->token_ids[token], token);
+    }
+}

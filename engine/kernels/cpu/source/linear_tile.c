@@ -1,0 +1,136 @@
+/* Divides a product among threads and takes a tile through it. Knows no form of a weight. */
+#include "linear_tile.h"
+
+/* Rows of a tile: as many as share a panel well, and few enough that all threads have something to do. */
+static int64_t tile_rows(const struct product *product, int64_t panels, int64_t threads) {
+    const int64_t rows = product->rows;
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    while (tiles * panels < 2 * threads && tiles * product->block_rows < rows) {
+        tiles++;
+    }
+    return tiles == 0 ? 1 : (rows + tiles - 1) / tiles;
+}
+
+/* One chunk of a panel for all rows of a tile, in blocks of equal height. `block` has what they share; `next` is the
+ * same chunk of the panel that comes next, or NULL. */
+static void multiply_chunk(struct block block, int64_t rows, const char *next) {
+    const struct product *product = block.product;
+    const int64_t blocks = (rows + product->block_rows - 1) / product->block_rows;
+    const int64_t lines = block.units * product->unit_bytes / STEP_BYTES;
+    const struct block first = block;
+    block.ahead_step = next == NULL ? 0 : (STEP_BYTES + blocks - 1) / blocks;
+    for (int64_t i = 0; i < blocks; i++) {
+        const int64_t begin = rows * i / blocks, end = rows * (i + 1) / blocks;
+        block.rows = end - begin;
+        block.x = first.x + begin * block.x_stride;
+        block.x_sums = first.x_sums == NULL ? NULL : first.x_sums + begin * product->units;
+        block.sums = first.sums + begin * PANEL;
+        block.ahead = next == NULL ? block.weight : next + i * lines * block.ahead_step;
+        product->multiply(&block);
+    }
+}
+
+static void multiply_tile(
+    const struct product *product, int64_t panel, int64_t next_panel, int64_t row, int64_t rows, float *sums) {
+    const char *weight = product->weight + panel * product->panel_bytes;
+    const char *next = next_panel < 0 ? NULL : product->weight + next_panel * product->panel_bytes;
+    const int64_t whole = CHUNK_BYTES / product->unit_bytes, chunk = whole > 0 ? whole : 1;
+    int64_t unit = 0;
+    do {
+        const int64_t left = product->units - unit;
+        const struct block block = {
+            .x = product->x + row * product->x_stride + unit * product->x_unit_bytes,
+            .x_stride = product->x_stride,
+            .weight = weight + unit * product->unit_bytes,
+            .units = left < chunk ? left : chunk,
+            .tail_bytes = left <= chunk ? product->tail_bytes : 0,
+            .x_sums = product->x_sums == NULL ? NULL : product->x_sums + row * product->units + unit,
+            .sums = sums,
+            .resume = unit > 0,
+            .product = product,
+        };
+        multiply_chunk(block, rows, next == NULL ? NULL : next + unit * product->unit_bytes);
+        unit += block.units;
+    } while (unit < product->units);
+}
+
+/* ---- a finished tile: bias, gate, and rounding into y ---- */
+
+struct tile {
+    const struct product *product;
+    int64_t panel;
+    int64_t row;
+    int64_t rows;
+    const float *sums;
+};
+
+/* VF columns of one row of a tile with their bias. */
+INLINE vf biased(const struct tile *tile, int64_t row, int64_t column) {
+    const vf sums = vf_load(tile->sums + row * PANEL + column);
+    const float *bias = tile->product->bias;
+    return bias == NULL ? sums : sums + vf_load(bias + tile->panel * PANEL + column);
+}
+
+/* `gate` and `dtype` are constants. */
+INLINE void finish_rows(const struct tile *tile, int64_t gate, int64_t dtype) {
+    const struct product *product = tile->product;
+    const int64_t span = gate == NO_ACTIVATION ? PANEL : PANEL / 2;
+    const int64_t width = gate == NO_ACTIVATION ? product->out : product->out / 2;
+    const int64_t first = tile->panel * span, columns = width - first < span ? width - first : span;
+    for (int64_t i = 0; i < tile->rows; i++) {
+        for (int64_t column = 0; column < columns; column += VF) {
+            vf value = biased(tile, i, column);
+            if (gate != NO_ACTIVATION) {
+                value = activation_of(gate, value) * biased(tile, i, span + column);
+            }
+            vf_put(product->y, dtype, (tile->row + i) * width + first + column, columns - column, value);
+        }
+    }
+}
+
+INLINE void finish_gated(const struct tile *tile, int64_t gate) {
+    if (tile->product->y_dtype == F32) {
+        finish_rows(tile, gate, F32);
+    } else {
+        finish_rows(tile, gate, BF16);
+    }
+}
+
+static void finish_tile(const struct tile *tile) {
+    switch (tile->product->gate) {
+    case SILU:
+        finish_gated(tile, SILU);
+        break;
+    case GELU:
+        finish_gated(tile, GELU);
+        break;
+    case GELU_TANH:
+        finish_gated(tile, GELU_TANH);
+        break;
+    case RELU:
+        finish_gated(tile, RELU);
+        break;
+    default:
+        finish_gated(tile, NO_ACTIVATION);
+    }
+}
+
+void run_product(const struct product *product, struct team *team) {
+    float sums[TILE_ROWS * PANEL] __attribute__((aligned(64)));
+    const int64_t panels = panel_count(product->out, product->gate != NO_ACTIVATION);
+    const int64_t height = tile_rows(product, panels, team->size);
+    const int64_t items = (product->rows + height - 1) / height * panels;
+    /* A thread takes its next item before it begins one: it must know what to fetch ahead. */
+    int64_t item = team_take(team, 1);
+    while (item < items) {
+        const int64_t following = team_take(team, 1);
+        const int64_t panel = item % panels, row = item / panels * height;
+        const int64_t rows = product->rows - row < height ? product->rows - row : height;
+        multiply_tile(product, panel, following < items ? following % panels : -1, row, rows, sums);
+        if (product->scale != NULL) {
+            product->scale(product, panel, row, rows, sums);
+        }
+        finish_tile(&(struct tile){product, panel, row, rows, sums});
+        item = following;
+    }
+}

@@ -1,0 +1,105 @@
+/* What the forms of a matrix product share: how threads divide it into tiles, and what happens to a finished tile.
+ *
+ * A tile is up to TILE_ROWS tokens by the PANEL columns of one panel. Its sums wait in the first cache while it passes
+ * over the panel chunk by chunk. While a chunk is multiplied, the same chunk of the thread's next panel is fetched from
+ * memory, a little with each step, so that memory never waits for arithmetic.
+ *
+ * Private to linear_*.c.
+ */
+#ifndef MANTA_LINEAR_TILE_H
+#define MANTA_LINEAR_TILE_H
+
+#include "linear.h"
+#include "vector.h"
+
+enum {
+    PANEL = 32,                     /* columns of a panel */
+    STEP_BYTES = 4 * PANEL,         /* 4 bytes of each column of a panel */
+    PANEL_VECTORS = PANEL / VF,
+    INT4_STEP = 8,                  /* channels of int4 in a step */
+    TILE_ROWS = 96,                 /* at 4096 channels 768 KB of x: it stays in the second cache from panel to panel */
+    CHUNK_BYTES = 1024 * STEP_BYTES /* a chunk, and the one that is fetched ahead, stay in the second cache as well */
+};
+
+/* a * b + c, rounded once. Left to the compiler, some copies of an inlined loop would round once and others twice, and
+ * a token's result would depend on the tokens beside it. */
+INLINE vf vf_fused(vf a, vf b, vf c) {
+#if defined(VECTOR_AVX512)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(VECTOR_AVX2)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return vf_fma(a, b, c);
+#endif
+}
+
+/* Some rows of x times a run of units of one panel. A unit is the smallest part that a form multiplies as a whole. */
+struct block {
+    const char *x;                  /* the first row, at the first unit */
+    int64_t x_stride;               /* bytes */
+    int64_t rows;
+    const char *weight;
+    int64_t units;                  /* whole ones */
+    int64_t tail_bytes;             /* of x that meet one more, incomplete unit; 0: there is none */
+    const float *x_sums;            /* the first row, at the first unit, of product->x_sums */
+    float *sums;                    /* [rows, PANEL]; int32 for int8 weights */
+    int64_t resume;                 /* whether the sums go on from what they hold, rather than from 0 */
+    const char *ahead;              /* what to fetch meanwhile: ahead_step bytes with each STEP_BYTES of the weight */
+    int64_t ahead_step;
+    const struct product *product;
+};
+
+/* A product as tiles see it. */
+struct product {
+    void (*multiply)(const struct block *block);
+    /* Makes floats of a tile's sums where they are not yet, or NULL. */
+    void (*scale)(const struct product *product, int64_t panel, int64_t row, int64_t rows, float *sums);
+    const void *args;               /* of the operation */
+    int64_t block_rows;             /* rows that `multiply` takes at once */
+    const char *x;
+    int64_t x_stride;               /* bytes */
+    int64_t x_unit_bytes;           /* of a row of x that meet one unit */
+    const float *x_sums;            /* [rows, units], for forms that need sums of x over each unit */
+    const float *x_scales;          /* [rows], for `scale` */
+    int64_t rows;
+    const char *weight;
+    int64_t units;                  /* whole ones of a panel */
+    int64_t unit_bytes;
+    int64_t tail_bytes;
+    int64_t panel_bytes;
+    const float *bias;
+    int64_t out;
+    int64_t gate;
+    void *y;
+    int64_t y_dtype;
+};
+
+/* Panels of a weight with `out` columns. */
+static inline int64_t panel_count(int64_t out, int64_t gated) {
+    return gated ? (out / 2 + PANEL / 2 - 1) / (PANEL / 2) : (out + PANEL - 1) / PANEL;
+}
+
+/* The row of the unpacked weight that is column `column` of panel `panel`; -1 for padding. */
+static inline int64_t panel_row(int64_t panel, int64_t column, int64_t out, int64_t gated) {
+    if (!gated) {
+        const int64_t row = panel * PANEL + column;
+        return row < out ? row : -1;
+    }
+    const int64_t half = PANEL / 2;
+    const int64_t row = panel * half + column % half;
+    return row < out / 2 ? row + (column < half ? 0 : out / 2) : -1;
+}
+
+/* Steps of a group of int4 values before its first channel. */
+static inline int64_t int4_header_steps(int64_t zeros) {
+    return zeros ? 2 : 1;
+}
+
+static inline int64_t int4_group_bytes(int64_t group, int64_t zeros) {
+    return (int4_header_steps(zeros) + group / INT4_STEP) * STEP_BYTES;
+}
+
+/* This thread's part of the product. */
+void run_product(const struct product *product, struct team *team);
+
+#endif

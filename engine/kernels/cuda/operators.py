@@ -1,0 +1,63 @@
+"""The operators of a CUDA device: what a decoder asks for, in the forms of `linear`, `attention` and `fused`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.kernels.cuda.attention import CudaAttention
+from engine.kernels.cuda.fused import Fused
+from engine.kernels.cuda.linear import CudaLinear, make_product
+from engine.kernels.operators import AttentionLayout, Embedding, Linear
+from engine.kernels.reference import ReferenceOperators
+from engine.models.spec import Activation
+from engine.quant.weights import Weight
+
+
+class CudaOperators:
+    """`engine.kernels.Operators` for bfloat16 and float16 parameters that are on the device already."""
+
+    def __init__(self, dtype: torch.dtype, fused: Fused, capability: tuple[int, int], *, fp8: bool = False) -> None:
+        """`dtype` is that of the activations; `fp8` turns dense linear weights, the head's apart, into 8-bit floats."""
+        self._dtype = dtype
+        self._fused = fused
+        self._capability = capability
+        self._fp8 = fp8
+        self._reference = ReferenceOperators()
+
+    def linear(
+        self,
+        weight: Weight,
+        bias: Tensor | None = None,
+        *,
+        gate: Activation | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Linear:
+        # Only a head asks for a dtype of its own, and a head may have to serve as the embedding too.
+        is_head = out_dtype is not None
+        product = make_product(weight, bias, self._dtype, self._fused, fp8=self._fp8, has_rows=is_head)
+        return CudaLinear(product, self._fused, gate, out_dtype)
+
+    def embedding(self, table: Tensor) -> Embedding:
+        return lambda ids: F.embedding(ids, table)
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+        assert isinstance(head, CudaLinear)
+        product = head.product
+        return lambda ids: product.rows(ids, dtype)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._fused.rms_norm(x, weight, eps, residual)
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._fused.layer_norm(x, weight, bias, eps, residual)
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        return self._reference.activate(x, activation)
+
+    def attention(self, layout: AttentionLayout) -> CudaAttention:
+        return CudaAttention(layout, self._fused, self._capability)

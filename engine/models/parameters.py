@@ -1,0 +1,219 @@
+"""From the tensors of a checkpoint to the parameters of a decoder, one parameter at a time.
+
+Which tensor goes where is a family's knowledge (`Piece`); what the parameters are called and how large they are is the
+spec's; how a quantized layer is spelled is its format's. This puts them together: dense rows are converted, or
+quantized, slice by slice as they are read, and quantized layers that a checkpoint holds apart are merged.
+"""
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.models.pieces import Piece, Run
+from engine.models.spec import ModelSpec
+from engine.models.weights import Checkpoint
+from engine.quant.config import CheckpointFormat, Scheme
+from engine.quant.formats import QuantizedLinear, is_quantized, read_linear, tensor_names
+from engine.quant.merge import Part, Unmergeable, merge
+from engine.quant.plan import GROUPS, Kind, fitting_groups, is_layer_linear, kind_of
+from engine.quant.quantize import QUICK, Int4Rows, Int8Rows
+from engine.quant.weights import Int4Weight, Int8Weight, Weight
+from engine.quant.workers import Workers
+
+_CONSTANT_SUFFIXES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+"""Constants that old checkpoints saved among the weights: rotary frequencies and causal masks."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the parameters are to be."""
+
+    dtype: torch.dtype
+    """Of everything that is not quantized."""
+    device: torch.device | str = "cpu"
+    scheme: Scheme | None = None
+    """What full weights are turned into; None leaves them."""
+    group: int = 64
+    """Input channels to a scale in 4 bits."""
+    shares: Sequence[float] = QUICK
+    """See `engine.quant.quantize`."""
+    layout: CheckpointFormat | None = None
+    """How the checkpoint holds the layers that it has quantized. Those that it left alone stay so."""
+
+    def kind(self, parameter: str, spec: ModelSpec) -> Kind:
+        if self.layout is not None and is_layer_linear(parameter):
+            return "dense"
+        return kind_of(parameter, spec, self.scheme)
+
+
+class Rows(Protocol):
+    """A parameter that is being filled."""
+
+    @property
+    def weight(self) -> Weight: ...
+
+    def put(self, start: int, rows: Tensor) -> None:
+        """Takes floating-point rows as the parameter's rows from `start` on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseRows:
+    weight: Tensor
+
+    def put(self, start: int, rows: Tensor) -> None:
+        self.weight[start : start + len(rows)].copy_(rows)
+
+
+def read_parameters(checkpoint: Checkpoint, spec: ModelSpec, pieces: Iterable[Piece], form: Form) -> dict[str, Weight]:
+    """Every parameter of `spec.parameter_shapes()`.
+
+    Every dense piece is checked before anything is read, so that a wrong checkpoint fails in milliseconds. Raises
+    ModelError.
+    """
+    by_target: dict[str, list[Piece]] = {name: [] for name in spec.parameter_shapes()}
+    for piece in pieces:
+        by_target[piece.target].append(piece)
+    _check(checkpoint, spec, by_target, form)
+    _warn_of_unused(checkpoint, by_target, form)
+    shapes = spec.parameter_shapes()
+    with Workers() as workers:
+        parameters = {
+            name: _read_parameter(checkpoint, parts, _rows(form.kind(name, spec), shapes[name], form, workers), form)
+            for name, parts in by_target.items()
+        }
+    checkpoint.close()
+    return parameters
+
+
+def _read_parameter(checkpoint: Checkpoint, pieces: Sequence[Piece], rows: Rows, form: Form) -> Weight:
+    if form.layout is not None:
+        quantized = [_is_quantized(checkpoint, piece, form.layout) for piece in pieces]
+        if all(quantized):
+            return _read_quantized(checkpoint, pieces, rows.weight.shape[0], form.layout, form.device)
+        if any(quantized):
+            raise checkpoint.error(
+                pieces[quantized.index(False)].source,
+                f"is not quantized, yet {pieces[quantized.index(True)].source!r} is; they are one layer here",
+            )
+    if isinstance(rows, DenseRows) or not any(piece.transposed for piece in pieces):
+        _fill(checkpoint, pieces, rows)
+        return rows.weight
+    # A row's scale needs the whole row, and the file's rows are our columns.
+    full = DenseRows(torch.empty(rows.weight.shape, dtype=torch.float32))
+    _fill(checkpoint, pieces, full)
+    rows.put(0, full.weight)
+    return rows.weight
+
+
+def _rows(kind: Kind, shape: tuple[int, ...], form: Form, workers: Workers) -> Rows:
+    match kind:
+        case "int8":
+            return Int8Rows.empty(shape, form.device, workers)
+        case "int4":
+            return Int4Rows.empty(shape, form.group, form.shares, form.device, workers)
+        case "dense":
+            return DenseRows(torch.empty(shape, dtype=form.dtype, device=form.device))
+
+
+def _fill(checkpoint: Checkpoint, pieces: Iterable[Piece], rows: Rows) -> None:
+    for piece in pieces:
+        for run in piece.runs:
+            for start, found in checkpoint.row_slices(piece.source, run):
+                if piece.transposed:
+                    assert isinstance(rows, DenseRows)
+                    rows.weight[:, run.target + start :][:, : len(found)].copy_(found.T)
+                else:
+                    rows.put(run.target + start, found)
+
+
+def _read_quantized(
+    checkpoint: Checkpoint, pieces: Sequence[Piece], rows: int, layout: CheckpointFormat, device: torch.device | str
+) -> Weight:
+    parts = []
+    for piece in pieces:
+        linear = _linear(piece)
+        # Quantizers turn [in, out] layers around: their tensors have a layer's outputs as rows whatever it was before.
+        runs = (Run(0, 0, linear.rows),) if piece.transposed else piece.runs
+        parts.append(Part(read_linear(layout, checkpoint, linear), runs))
+    try:
+        return _to_device(merge(parts, rows), device)
+    except Unmergeable as error:
+        names = ", ".join(repr(_linear(piece).module) for piece in pieces)
+        raise checkpoint.error(
+            next(iter(tensor_names(checkpoint.names, _linear(pieces[0]).module))),
+            f"cannot share a layer: {names} are one weight here, but have {error}",
+        ) from error
+
+
+def _to_device(weight: Int8Weight | Int4Weight, device: torch.device | str) -> Weight:
+    if torch.device(device).type == "cpu":
+        return weight
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.values.to(device), weight.scale.to(device))
+    zero = None if weight.zero is None else weight.zero.to(device)
+    order = None if weight.order is None else weight.order.to(device)
+    return Int4Weight(weight.packed.to(device), weight.scale.to(device), zero, order)
+
+
+def _check(checkpoint: Checkpoint, spec: ModelSpec, by_target: dict[str, list[Piece]], form: Form) -> None:
+    grouped = []
+    for target, piece in _dense_pieces(checkpoint, by_target, form):
+        checkpoint.check(piece.source, piece.shape)
+        checkpoint.check_is_float(piece.source)
+        if form.kind(target, spec) == "int4":
+            grouped.append(piece)
+    check_groups(checkpoint, grouped, form.group)
+
+
+def check_groups(checkpoint: Checkpoint, pieces: Collection[Piece], group: int) -> None:
+    """Raises ModelError, naming the groups that would do, unless these divide the input channels of every layer."""
+    columns = {piece.source: _linear(piece).columns for piece in pieces}
+    for piece in pieces:
+        if columns[piece.source] % group:
+            fitting = " or ".join(map(str, fitting_groups(columns.values())))
+            remedy = f"a group of {fitting} fits every layer" if fitting else f"no group of {GROUPS} fits: use w8a8"
+            raise checkpoint.error(
+                piece.source,
+                f"has shape {piece.shape}: {columns[piece.source]} input channels are no multiple of the group of "
+                f"{group}; {remedy}",
+            )
+
+
+def is_saved_constant(name: str) -> bool:
+    """Whether a tensor is none of the weights: a table that the model's code makes for itself."""
+    return name.endswith(_CONSTANT_SUFFIXES)
+
+
+def _warn_of_unused(checkpoint: Checkpoint, by_target: dict[str, list[Piece]], form: Form) -> None:
+    used: set[str] = set()
+    for piece in (piece for pieces in by_target.values() for piece in pieces):
+        used.add(piece.source)
+        if form.layout is not None and _is_quantized(checkpoint, piece, form.layout):
+            used |= tensor_names(checkpoint.names, _linear(piece).module)
+    unexpected = sorted(name for name in checkpoint.names - used if not is_saved_constant(name))
+    if unexpected:
+        logger.warning("%s: %d tensors are not used: %s", checkpoint.origin, len(unexpected), ", ".join(unexpected[:5]))
+
+
+def _dense_pieces(checkpoint: Checkpoint, by_target: dict[str, list[Piece]], form: Form) -> Iterator[tuple[str, Piece]]:
+    for target, pieces in by_target.items():
+        for piece in pieces:
+            if form.layout is None or not _is_quantized(checkpoint, piece, form.layout):
+                yield target, piece
+
+
+def _is_quantized(checkpoint: Checkpoint, piece: Piece, layout: CheckpointFormat) -> bool:
+    if len(piece.shape) != 2 or not piece.source.endswith(".weight"):
+        return False
+    return is_quantized(layout, checkpoint.names, _linear(piece).module)
+
+
+def _linear(piece: Piece) -> QuantizedLinear:
+    rows, columns = reversed(piece.shape) if piece.transposed else piece.shape
+    return QuantizedLinear(piece.source.removesuffix(".weight"), rows, columns)

@@ -1,0 +1,44 @@
+"""Which parameters of a decoder a scheme quantizes, and into what. Pure: knows names and shapes, no tensors.
+
+All linear layers of the blocks take the scheme's form. The head, which is the largest matrix of a decode step, is held
+in 8 bits under both schemes; where it is tied, so is the embedding, whose rows are looked up in it. Norms, biases,
+positions and OPT's embedding projections stay as they are.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from engine.models.spec import ModelSpec
+from engine.quant.config import Scheme
+
+Kind = Literal["dense", "int8", "int4"]
+
+GROUPS = (32, 64, 128)
+"""Sizes of a 4-bit group that can be asked for."""
+_LINEARS = ("qkv", "out", "mlp_in", "mlp_out")
+_LINEAR_KIND: dict[Scheme, Kind] = {"w8a8": "int8", "w4a16": "int4"}
+
+
+def head_parameter(spec: ModelSpec) -> str:
+    return "embed.weight" if spec.tied_embeddings else "head.weight"
+
+
+def is_layer_linear(parameter: str) -> bool:
+    """Whether it is the weight of a linear layer of a block."""
+    block, _, name = parameter.rpartition(".")[0].rpartition(".")
+    return block.startswith("layers.") and name in _LINEARS and parameter.endswith(".weight")
+
+
+def kind_of(parameter: str, spec: ModelSpec, scheme: Scheme | None) -> Kind:
+    """The form of a parameter of `spec.parameter_shapes()`."""
+    if scheme is None:
+        return "dense"
+    if parameter == head_parameter(spec):
+        return "int8"
+    return _LINEAR_KIND[scheme] if is_layer_linear(parameter) else "dense"
+
+
+def fitting_groups(columns: Iterable[int]) -> tuple[int, ...]:
+    """Of `GROUPS`, those that divide every number of input channels."""
+    numbers = set(columns)
+    return tuple(group for group in GROUPS if all(number % group == 0 for number in numbers))

@@ -1,0 +1,83 @@
+"""Quantizing as a model is loaded: which parameters, into what, and what a model that does not fit is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.errors import ModelError
+from engine.models.loader import load_parameters
+from engine.quant.quantize import quantize_int4, quantize_int8
+from engine.quant.weights import Int4Weight, Int8Weight, Weight
+from tests.engine.quant.checkpoints import GPT2, LLAMA, NEOX, random_model
+
+LINEARS = ("qkv.weight", "out.weight", "mlp_in.weight", "mlp_out.weight")
+
+
+@pytest.fixture(params=["llama", "tied", "neox", "gpt2"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    tied = type(LLAMA)(**{**LLAMA.to_dict(), "tie_word_embeddings": True})
+    random_model({"llama": LLAMA, "tied": tied, "neox": NEOX, "gpt2": GPT2}[request.param]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def same(found: Weight, expected: Weight) -> bool:
+    if isinstance(expected, Tensor):
+        return isinstance(found, Tensor) and torch.equal(found, expected)
+    if isinstance(expected, Int8Weight):
+        return isinstance(found, Int8Weight) and torch.equal(found.dequantize(), expected.dequantize())
+    return isinstance(found, Int4Weight) and torch.equal(found.dequantize(), expected.dequantize())
+
+
+def test_8_bits_are_those_of_the_whole_parameter(model: Path) -> None:
+    """Merged, interleaved or stored the other way round: the rows are quantized as the decoder will see them."""
+    full, found = (load_parameters(model, quantization=scheme) for scheme in ("auto", "w8a8"))
+    head = "head.weight" if "head.weight" in full.parameters else "embed.weight"
+    for name, weight in full.parameters.items():
+        assert isinstance(weight, Tensor)
+        is_quantized = name.endswith(LINEARS) or name == head
+        assert same(found.parameters[name], quantize_int8(weight) if is_quantized else weight), name
+    assert found.num_bytes < 0.4 * full.num_bytes
+
+
+def test_4_bits_leave_the_head_in_8(model: Path) -> None:
+    full, found = load_parameters(model), load_parameters(model, quantization="w4a16", group=32)
+    for name, weight in full.parameters.items():
+        assert isinstance(weight, Tensor)
+        if name.endswith(LINEARS):
+            assert same(found.parameters[name], quantize_int4(weight, 32)), name
+        elif name in ("head.weight", "embed.weight") and (
+            name == "head.weight" or "head.weight" not in full.parameters
+        ):
+            assert same(found.parameters[name], quantize_int8(weight)), name
+        else:
+            assert same(found.parameters[name], weight), name
+
+
+def test_a_group_that_does_not_fit_is_told_which_would(tmp_path: Path) -> None:
+    config = type(LLAMA)(**{**LLAMA.to_dict(), "intermediate_size": 96})
+    random_model(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as raised:
+        load_parameters(tmp_path, quantization="w4a16", group=64)
+    message = str(raised.value)
+    for part in ("model.safetensors", "mlp.down_proj.weight", "(64, 96)", "group of 64", "a group of 32 fits"):
+        assert part in message
+    load_parameters(tmp_path, quantization="w4a16", group=32)
+    load_parameters(tmp_path, quantization="w8a8")
+
+
+def test_where_no_group_fits_8_bits_are_suggested(tmp_path: Path) -> None:
+    config = type(LLAMA)(**{**LLAMA.to_dict(), "intermediate_size": 80})
+    random_model(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="use w8a8"):
+        load_parameters(tmp_path, quantization="w4a16", group=32)
+
+
+def test_a_dense_checkpoint_is_checked_before_anything_is_read(model: Path) -> None:
+    """A wrong config must not cost the minutes of quantizing first."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 95}))
+    with pytest.raises(ModelError, match="95"):
+        load_parameters(model, quantization="w8a8")
