@@ -2,7 +2,8 @@
  * step for the same number of threads finds the same tasks.
  *
  * A tile is some consecutive queries of one sequence with all of their heads. Its keys are cut into segments whose
- * bounds follow from the tile alone; each segment is attended by itself and the results are merged in order * (flash-decoding; Dao et al., 2023). So whether a tile is one task or many, and beside which other sequences it lies,
+ * bounds follow from the tile alone; each segment is attended by itself and the results are merged in order
+ * (flash-decoding; Dao et al., 2023). So whether a tile is one task or many, and beside which other sequences it lies,
  * changes no bit of it.
  */
 #ifndef MANTA_ATTENTION_PLAN_H
