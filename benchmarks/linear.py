@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.bandwidth import read_bandwidth
 from benchmarks.models import SHAPES
 from engine.kernels.cpu.compiler import compile_library
 from engine.kernels.cpu.library import Library
@@ -33,7 +34,6 @@ from engine.quant.weights import Int4Weight, Int8Weight, Weight
 GROUP = 64
 """Input channels that share a scale of int4; divides those of every shape here."""
 ROTATION_BYTES = 192 * 2**20
-READ_BYTES = 512 * 2**20
 FORMS = ("bf16", "float32", "int8", "int4")
 
 
@@ -181,17 +181,6 @@ def take_turns(sides: list[Callable[[], object]], rounds: int, seconds: float) -
     return [statistics.median(times) for times in taken]
 
 
-def read_bandwidth() -> float:
-    """Bytes/s of a sum over memory that no cache holds, on the threads of torch: the best of ten."""
-    block = torch.ones(READ_BYTES // 4)
-    times = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - begin)
-    return READ_BYTES / min(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.linear", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,7 +197,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     library = compile_library()
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(arguments.threads)
     print(f"{machine.cpu_name()}, {arguments.threads} threads, reads {bandwidth / 1e9:.0f} GB/s")
     print(f"{'':24} {'form':7} {'rows':>5} {'us':>10} {'GFLOP/s':>8} {'GB/s':>6} {'torch us':>10} {'ratio':>6}")
     results = []

@@ -18,6 +18,7 @@ import torch
 
 import engine  # noqa: F401  (before torch: it bounds how long threads spin)
 from benchmarks import machine, models
+from benchmarks.bandwidth import read_bandwidth
 from engine.build import Assembly, assemble
 from engine.config import EngineConfig, KVConfig, SchedulerConfig
 from engine.forward import ProgramForward
@@ -27,7 +28,7 @@ from engine.machine import available_cores
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 
-_READ_BYTES = 2**28
+_REPEATS = 7
 _SPREAD = 256
 """Tokens that the first sequences may be ahead of the last ones when all of them decode."""
 _PEAK_SHAPE = (1024, 4096, 4096)
@@ -59,27 +60,16 @@ class Line:
     operations: float = 0.0
 
 
-def measured_bandwidth() -> float:
-    """Bytes per second that all threads read together: the best of several sums over memory that no cache holds."""
-    block = torch.ones(_READ_BYTES // 4)
-    return _READ_BYTES / _best(lambda: block.sum())
-
-
 def measured_peak(dtype: torch.dtype) -> float:
     """Operations per second of a large product of torch's own."""
     rows, inputs, outputs = _PEAK_SHAPE
     x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
-    return 2 * rows * inputs * outputs / _best(lambda: torch.nn.functional.linear(x, weight))
-
-
-def _best(work: object, repeats: int = 7) -> float:
-    assert callable(work)
     times = []
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         begin = time.perf_counter()
-        work()
+        torch.nn.functional.linear(x, weight)
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return 2 * rows * inputs * outputs / min(times)
 
 
 def lines(program: Program, seconds: torch.Tensor, rows: int, load: Load, kv_bytes: float) -> list[Line]:
@@ -198,7 +188,7 @@ def main() -> None:
     )
     load = make_load(arguments.prefill, batch, arguments.context, arguments.steps)
     fill(assembly, arguments.prefill, batch, arguments.context, arguments.steps, models.vocab_size(path))
-    bandwidth, peak = measured_bandwidth(), measured_peak(torch.bfloat16)
+    bandwidth, peak = read_bandwidth(arguments.threads), measured_peak(torch.bfloat16)
     wall, found = Profile(assembly, load).run(arguments.steps)
     facts = machine.describe(arguments.threads)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.peers.bandwidth import read_bandwidth
+from benchmarks.bandwidth import read_bandwidth
 from benchmarks.peers.engines import ENGINES, OURS, ConversionError, converted, interpreter
 from benchmarks.peers.measures import LARGE_PARAMETERS, MEASURES, Measure, agreement, items
 from benchmarks.peers.model_facts import ModelFacts

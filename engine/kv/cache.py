@@ -1,12 +1,12 @@
 """The device memory of keys and values. Owns the tensor and its layout; who owns which page is `engine.kv.pages`."""
 
 import math
-import mmap
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.memory import reserve
 from engine.models.spec import ModelSpec
 
 SCALE_BYTES = 4
@@ -52,7 +52,9 @@ class PagedKVCache:
         half_bytes = page_tokens * kv_bytes_per_token(spec, dtype) // (2 * spec.layers)
         shape = (num_pages, spec.layers, 2, half_bytes)
         on_cpu = torch.device(device).type == "cpu"
-        self.pages = _untouched_zeros(shape) if on_cpu else torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.pages = (
+            reserve(math.prod(shape)).view(shape) if on_cpu else torch.zeros(shape, dtype=torch.uint8, device=device)
+        )
         """[pages, layers, 2, bytes] uint8."""
 
     @property
@@ -76,19 +78,3 @@ class PagedKVCache:
         if self.dtype != torch.int8:
             return KVPages(values)
         return KVPages(values, half[:, self._value_bytes :].view(torch.float32).unflatten(1, self._heads[:2]))
-
-
-def _untouched_zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zero bytes in memory that is reserved and not yet taken, in large pages where the system has them.
-
-    `torch.zeros` writes its zeros, which would take the whole budget at start, seconds for each gigabyte.
-    """
-    num_bytes = math.prod(shape)
-    # Private: Python's default, shared memory, is counted against /dev/shm in containers.
-    if hasattr(mmap, "MAP_ANONYMOUS"):
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        memory = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)

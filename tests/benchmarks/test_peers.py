@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from benchmarks.bandwidth import read_bandwidth
 from benchmarks.peers import engines, install, report
-from benchmarks.peers.bandwidth import read_bandwidth
 from benchmarks.peers.engines import ConversionError
 from benchmarks.peers.install import RECIPES, InstallError
 from benchmarks.peers.measures import MEASURES, Timeline, agreement, decode_rate, items, prefill_rate, throughput
@@ -114,7 +114,7 @@ def test_a_peer_that_is_not_there_is_in_the_table_and_in_the_reasons(capsys: pyt
 
 
 def test_a_floor_is_a_bandwidth_that_memory_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.peers.bandwidth._BYTES", 2**24)
+    monkeypatch.setattr("benchmarks.bandwidth._BYTES", 2**24)
     assert 1e8 < read_bandwidth(2) < 1e13
 
 

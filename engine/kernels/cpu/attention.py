@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.kernels.cpu.library import DTYPES
 from engine.kernels.cpu.program import StepArrays, Target
 from engine.kernels.operators import AttentionLayout, QKNorm
 from engine.kv.cache import KVPages
 
 LARGEST_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class CpuAttention:
@@ -34,7 +34,7 @@ class CpuAttention:
             self._step(qkv, cos_sin),
             qkv=qkv,
             qkv_stride=qkv.stride(0),
-            dtype=_DTYPES[qkv.dtype],
+            dtype=DTYPES[qkv.dtype],
             heads=heads,
             rotary_dim=0 if cos_sin is None else cos_sin.shape[1],
             q_norm=None if norm is None else norm.q_weight,
@@ -56,7 +56,7 @@ class CpuAttention:
             self._step(q, None),
             q=q,
             q_stride=q.stride(0),
-            dtype=_DTYPES[q.dtype],
+            dtype=DTYPES[q.dtype],
             heads=heads,
             scale=scale,
             window=window or 0,
@@ -95,7 +95,7 @@ class _Pages(NamedTuple):
         """Raises ValueError for a cache that the kernels cannot read."""
         _, tokens, kv_heads, head_dim = k.values.shape
         stored = torch.int8 if k.scales is not None else dtype
-        if dtype not in _DTYPES or k.values.dtype != stored:
+        if dtype not in DTYPES or k.values.dtype != stored:
             raise ValueError(f"attention of {dtype} over a cache of {k.values.dtype}: no kernel for it")
         if head_dim % HEAD_DIM_STEP or head_dim > LARGEST_HEAD_DIM:
             raise ValueError(

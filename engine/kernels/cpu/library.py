@@ -11,7 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from engine.models.spec import Activation
+
 SOURCE = Path(__file__).parent / "source"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that the kernels compute on, as `enum dtype` of step.h."""
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+NO_ACTIVATION = -1
+"""As `enum activation` of step.h."""
 _OPERATION = re.compile(r"struct (\w+) \{([^{}]*)\};\s*OPERATION\(\1\);")
 _STEP = re.compile(r"struct step \{([^{}]*)\};")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)

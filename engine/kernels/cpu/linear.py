@@ -5,15 +5,15 @@ Owns which packed form a weight gets and the memory that it lies in. Knows nothi
 
 import ctypes
 import math
-import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from engine.kernels.cpu.library import ACTIVATIONS, DTYPES, NO_ACTIVATION
 from engine.kernels.cpu.program import Field, StepArrays, Target
 from engine.kernels.operators import Embedding
+from engine.memory import reserve
 from engine.models.spec import Activation
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
 
@@ -22,9 +22,6 @@ PANEL = 32
 _GROUP_UNIT = 32
 _MAX_INT8_CHANNELS = 2**17
 _QUANTIZED_ROW_ALIGNMENT = 64
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_NO_ACTIVATION = -1
-_ACTIVATIONS: Mapping[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 def pack_linear(
@@ -76,25 +73,25 @@ class _Layer:
 
     def multiply(self, operation: str, x: Tensor, **fields: Field) -> Tensor:
         """Emits a product; `fields` are those that only this operation has."""
-        if x.dtype not in _DTYPES or x.shape[1] != self.columns or (self.columns > 1 and x.stride(1) != 1):
+        if x.dtype not in DTYPES or x.shape[1] != self.columns or (self.columns > 1 and x.stride(1) != 1):
             raise ValueError(
                 f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}; the weight takes float32 or bfloat16 "
                 f"[T, {self.columns}] with neighbouring columns"
             )
         dtype = self.out_dtype or x.dtype
         y = self.target.empty(x.shape[0], self.out // 2 if self.gated else self.out, dtype=dtype)
-        gate = _NO_ACTIVATION if self.gate is None else _ACTIVATIONS[self.gate]
+        gate = NO_ACTIVATION if self.gate is None else ACTIVATIONS[self.gate]
         self.target.emit(
             operation,
             StepArrays(x.shape[0]),
             x=x,
             x_stride=x.stride(0),
-            dtype=_DTYPES[x.dtype],
+            dtype=DTYPES[x.dtype],
             bias=self.bias,
             out=self.out,
             gate=gate,
             y=y,
-            y_dtype=_DTYPES[dtype],
+            y_dtype=DTYPES[dtype],
             **{"in": self.columns},
             **fields,
         )
@@ -108,7 +105,7 @@ class _Layer:
         def embed(ids: Tensor) -> Tensor:
             y = self.target.empty(len(ids), self.columns, dtype=y_dtype)
             step = StepArrays(len(ids), token_ids=None if ids.is_meta else ids)
-            self.target.emit(operation, step, y=y, y_dtype=_DTYPES[y_dtype], **{"in": self.columns}, **fields)
+            self.target.emit(operation, step, y=y, y_dtype=DTYPES[y_dtype], **{"in": self.columns}, **fields)
             return y
 
         return embed
@@ -117,7 +114,7 @@ class _Layer:
         """Panels of a weight whose elements are whole bytes."""
         values = values.contiguous()
         row_bytes = self.columns * values.element_size()
-        packed = packed_memory(self.panels * PANEL * 4 * math.ceil(row_bytes / 4))
+        packed = reserve(self.panels * PANEL * 4 * math.ceil(row_bytes / 4))
         pack = self.target.library.function("pack_dense")
         pack.restype = None
         pack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
@@ -149,7 +146,7 @@ class DenseLinear(PackedLinear):
     """A float32 or bfloat16 weight; x has the same dtype."""
 
     def __init__(self, layer: _Layer, weight: Tensor) -> None:
-        if weight.dtype not in _DTYPES:
+        if weight.dtype not in DTYPES:
             raise TypeError(f"a dense weight is float32 or bfloat16, not {weight.dtype}")
         self._layer = layer
         self._dtype = weight.dtype
@@ -165,7 +162,7 @@ class DenseLinear(PackedLinear):
         return self._layer.multiply("linear_dense", x, weight=self._weight)
 
     def rows(self, dtype: torch.dtype) -> Embedding:
-        return self._layer.rows("embed_dense", dtype, weight=self._weight, dtype=_DTYPES[self._dtype])
+        return self._layer.rows("embed_dense", dtype, weight=self._weight, dtype=DTYPES[self._dtype])
 
 
 class Int8Linear(PackedLinear):
@@ -253,7 +250,7 @@ class Int4Linear(PackedLinear):
             StepArrays(x.shape[0]),
             x=x,
             x_stride=x.stride(0),
-            dtype=_DTYPES[x.dtype],
+            dtype=DTYPES[x.dtype],
             order=self._order,
             y=y,
             **{"in": self._layer.columns},
@@ -263,7 +260,7 @@ class Int4Linear(PackedLinear):
     def _pack(self, weight: Int4Weight) -> Tensor:
         layer = self._layer
         groups, header_steps = weight.scale.shape[1], 2 if self._zeros else 1
-        packed = packed_memory(layer.panels * groups * (header_steps + self._group // 8) * PANEL * 4)
+        packed = reserve(layer.panels * groups * (header_steps + self._group // 8) * PANEL * 4)
         values, scale = weight.packed.contiguous(), weight.scale.to(torch.float32).contiguous()
         zero = None if weight.zero is None else weight.zero.contiguous()
         pack = layer.target.library.function("pack_int4")
@@ -290,15 +287,3 @@ def panel_order(columns: Tensor, *, gated: bool) -> Tensor:
     half = PANEL // 2
     pair = columns.view(2, -1)
     return torch.nn.functional.pad(pair, (0, -pair.shape[1] % half)).view(2, -1, half).transpose(0, 1).flatten()
-
-
-def packed_memory(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8 zeros for a packed weight, aligned to a page, in large pages where the system has them."""
-    length = max(num_bytes, 1)
-    if hasattr(mmap, "MAP_ANONYMOUS"):
-        memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    else:
-        memory = mmap.mmap(-1, length)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)

@@ -4,15 +4,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.attention import HEAD_DIM_STEP, LARGEST_HEAD_DIM, CpuAttention
+from engine.kernels.cpu.library import ACTIVATIONS, DTYPES
 from engine.kernels.cpu.linear import PackedLinear, pack_linear
-from engine.kernels.cpu.program import StepArrays, Target
+from engine.kernels.cpu.program import Field, StepArrays, Target
 from engine.kernels.operators import AttentionLayout, Embedding, Linear
 from engine.models.spec import Activation
 from engine.quant.weights import Weight
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes that the kernels compute on, and their number in step.h."""
-ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 def missing_kernel(dtype: torch.dtype, head_dim: int) -> str | None:
@@ -55,39 +52,12 @@ class CpuOperators:
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, total = self._like(x), x if residual is None else self._like(x)
-        self._target.emit(
-            "rms_norm",
-            _rows(x),
-            x=x,
-            residual=residual,
-            weight=weight,
-            eps=eps,
-            y=y,
-            total=None if residual is None else total,
-            width=x.shape[-1],
-            dtype=DTYPES[x.dtype],
-        )
-        return y, total
+        return self._norm("rms_norm", x, residual, weight=weight, eps=eps)
 
     def layer_norm(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        y, total = self._like(x), x if residual is None else self._like(x)
-        self._target.emit(
-            "layer_norm",
-            _rows(x),
-            x=x,
-            residual=residual,
-            weight=weight,
-            bias=bias,
-            eps=eps,
-            y=y,
-            total=None if residual is None else total,
-            width=x.shape[-1],
-            dtype=DTYPES[x.dtype],
-        )
-        return y, total
+        return self._norm("layer_norm", x, residual, weight=weight, bias=bias, eps=eps)
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         y = self._like(x)
@@ -97,6 +67,21 @@ class CpuOperators:
 
     def attention(self, layout: AttentionLayout) -> CpuAttention:
         return CpuAttention(self._target, layout)
+
+    def _norm(self, name: str, x: Tensor, residual: Tensor | None, **parameters: Field) -> tuple[Tensor, Tensor]:
+        y, total = self._like(x), x if residual is None else self._like(x)
+        self._target.emit(
+            name,
+            _rows(x),
+            x=x,
+            residual=residual,
+            y=y,
+            total=None if residual is None else total,
+            width=x.shape[-1],
+            dtype=DTYPES[x.dtype],
+            **parameters,
+        )
+        return y, total
 
     def _like(self, x: Tensor) -> Tensor:
         return self._target.empty(*x.shape, dtype=x.dtype)

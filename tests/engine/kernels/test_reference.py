@@ -14,32 +14,14 @@ from engine.kernels.paged_sdpa import group_decodes
 from engine.kernels.reference import quantize_rows, rotate
 from engine.kv.cache import KVPages
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
+from tests.engine.kernels import layouts
 
 PAGE_TOKENS = 4
 OPERATORS = ReferenceOperators()
 
 
 def make_layout(query_lens: Sequence[int], lens: Sequence[int], seed: int = 0) -> AttentionLayout:
-    """Pages in shuffled order, no page shared."""
-    counts = [-(-length // PAGE_TOKENS) for length in lens]
-    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)).tolist()
-    table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
-    for row, count in enumerate(counts):
-        table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
-    spans = list(zip(query_lens, lens, strict=True))
-    positions = torch.cat([torch.arange(length - queries, length) for queries, length in spans])
-    rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(query_lens))
-    return AttentionLayout(
-        positions=positions,
-        contexts=torch.tensor(lens)[rows],
-        slots=table[rows, positions // PAGE_TOKENS].to(torch.int64) * PAGE_TOKENS + positions % PAGE_TOKENS,
-        cu_seq_q=torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32),
-        context_lens=torch.tensor(lens, dtype=torch.int32),
-        page_table=table,
-        page_tokens=PAGE_TOKENS,
-        query_lens=tuple(query_lens),
-        lens=tuple(lens),
-    )
+    return layouts.make_layout(query_lens, lens, PAGE_TOKENS, seed=seed)
 
 
 def plain_attention(

@@ -9,31 +9,16 @@ from torch import Tensor
 
 from engine.kernels.operators import AttentionLayout
 from engine.kv.cache import KVPages
+from tests.engine.kernels import layouts
 
 SPARE_PAGES = 3
-"""Pages that belong to no sequence."""
+SPARE_COLUMNS = 2
 
 
 def make_layout(query_lens: Sequence[int], lens: Sequence[int], page_tokens: int, seed: int = 0) -> AttentionLayout:
-    """Pages in shuffled order, no page shared; the table is wider than any sequence needs."""
-    counts = [-(-length // page_tokens) for length in lens]
-    order = torch.randperm(sum(counts) + SPARE_PAGES, generator=torch.Generator().manual_seed(seed)).tolist()
-    table = torch.zeros(len(lens), max(counts) + 2, dtype=torch.int32)
-    for row, count in enumerate(counts):
-        table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
-    spans = list(zip(query_lens, lens, strict=True))
-    positions = torch.cat([torch.arange(length - queries, length) for queries, length in spans])
-    rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(query_lens))
-    return AttentionLayout(
-        positions=positions,
-        contexts=torch.tensor(lens)[rows],
-        slots=table[rows, positions // page_tokens].to(torch.int64) * page_tokens + positions % page_tokens,
-        cu_seq_q=torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32),
-        context_lens=torch.tensor(lens, dtype=torch.int32),
-        page_table=table,
-        page_tokens=page_tokens,
-        query_lens=tuple(query_lens),
-        lens=tuple(lens),
+    """With pages that belong to no sequence, and a table wider than any sequence needs."""
+    return layouts.make_layout(
+        query_lens, lens, page_tokens, seed=seed, spare_pages=SPARE_PAGES, spare_columns=SPARE_COLUMNS
     )
 
 

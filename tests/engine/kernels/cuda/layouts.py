@@ -5,30 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from engine.kernels import AttentionLayout
+from tests.engine.kernels import layouts
 from tests.engine.kernels.cuda.device import DEVICE
 
 
 def make_layout(
     query_lens: Sequence[int], lens: Sequence[int], *, page_tokens: int, device: torch.device = DEVICE
 ) -> AttentionLayout:
-    """No page is shared; unused entries of the page table name a page that holds something else."""
-    counts = [-(-length // page_tokens) for length in lens]
-    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).tolist()
-    table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
-    for row, count in enumerate(counts):
-        table[row, :count] = torch.tensor([order.pop() for _ in range(count)])
-    spans = list(zip(query_lens, lens, strict=True))
-    positions = torch.cat([torch.arange(length - queries, length) for queries, length in spans])
-    rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(query_lens))
-    slots = table[rows, positions // page_tokens].to(torch.int64) * page_tokens + positions % page_tokens
-    return AttentionLayout(
-        positions=positions.to(device),
-        contexts=torch.tensor(lens)[rows].to(device),
-        slots=slots.to(device),
-        cu_seq_q=torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32, device=device),
-        context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
-        page_table=table.to(device),
-        page_tokens=page_tokens,
-        query_lens=tuple(query_lens),
-        lens=tuple(lens),
-    )
+    """Where the tests run, unless a device is given."""
+    return layouts.make_layout(query_lens, lens, page_tokens, device=device)
