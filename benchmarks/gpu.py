@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.models import SHAPES, WEIGHT_STD, Shape
 from engine.forward import Forward
-from engine.kernels import AttentionLayout
+from engine.kernels import AttentionLayout, Wanted
 from engine.kernels.cuda.backend import PAGE_TOKENS, SPARE_PAGES, CudaBackend
 from engine.kv.cache import PagedKVCache, kv_bytes_per_token
 from engine.models.decoder import Decoder
@@ -85,8 +85,9 @@ class Model:
     def step(self, queries: int, length: int) -> Tensor:
         """Runs the last `queries` of `length` tokens; returns the next token, on the device."""
         layout = layout_of(queries, length, self.pages)
-        hidden = self.forward.hidden(torch.arange(queries) % self.spec.vocab_size, layout)
-        return self.forward.logits(hidden, torch.tensor([queries - 1])).argmax(dim=1)
+        wanted = Wanted(torch.tensor([queries - 1]), layout_of(1, length, self.pages)) if queries > 1 else None
+        hidden = self.forward.hidden(torch.arange(queries) % self.spec.vocab_size, layout, wanted)
+        return self.forward.logits(hidden, torch.tensor([0])).argmax(dim=1)
 
 
 def spec_of(shape: Shape) -> ModelSpec:
@@ -208,11 +209,18 @@ def measure_prompt(name: str, form: str, device: Device, tokens: int, repetition
 
 
 def prompt_operations(spec: ModelSpec, tokens: int) -> float:
-    """Multiplications and additions of a prompt's layers; each query meets half of the keys."""
-    shapes = spec.parameter_shapes()
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if is_layer_linear(name))
-    attention = 4 * spec.layers * spec.heads * spec.head_dim * tokens * tokens / 2
-    return 2.0 * weights * tokens + attention
+    """Multiplications and additions of a prompt's layers; each query meets half of the keys.
+
+    In the last layer all tokens have keys and values made, and the one that is sampled runs the rest.
+    """
+    last = f"layers.{spec.layers - 1}."
+    products = 0.0
+    for name, shape in spec.parameter_shapes().items():
+        if is_layer_linear(name):
+            is_sampled_alone = name.startswith(last) and name != f"{last}qkv.weight"
+            products += 2.0 * math.prod(shape) * (1 if is_sampled_alone else tokens)
+    pairs = (spec.layers - 1) * tokens * tokens / 2 + tokens
+    return products + 4 * spec.heads * spec.head_dim * pairs
 
 
 def _both(work: Callable[[], Tensor], repetitions: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.load_memory --model s135m
 
-Counts what loading adds to a process that has already imported everything, page cache that is mapped into it included.
+Counts what loading adds to a process that has already imported everything, memory that it maps from files included.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from benchmarks.bandwidth import read_bandwidth
 from engine.build import Assembly, assemble
 from engine.config import EngineConfig, KVConfig, SchedulerConfig
 from engine.forward import ProgramForward
+from engine.kernels.cpu.library import Axis
 from engine.kernels.cpu.program import Note, Program
 from engine.kv.cache import kv_bytes_per_token
 from engine.machine import available_cores
@@ -46,6 +47,8 @@ class Load:
     """Keys of each sequence, on average."""
     pairs: float
     """Query-key pairs that attention computes, over all sequences."""
+    sampled_pairs: float
+    """Those of the rows that go through the head: what the last layer computes."""
 
 
 @dataclass(slots=True)
@@ -72,11 +75,12 @@ def measured_peak(dtype: torch.dtype) -> float:
     return 2 * rows * inputs * outputs / min(times)
 
 
-def lines(program: Program, seconds: torch.Tensor, rows: int, load: Load, kv_bytes: float) -> list[Line]:
+def lines(program: Program, seconds: torch.Tensor, tokens: int, load: Load, kv_bytes: float) -> list[Line]:
     """The program's operations, those of one name and shape together. `seconds` [operations] are of one step."""
     found: dict[tuple[str, str], Line] = {}
     for note, spent in zip(program.notes, seconds.tolist(), strict=True):
-        kind, name, num_bytes, operations = _cost(note, program, rows, load, kv_bytes)
+        rows = tokens if note.axis == Axis.TOKENS else load.sampled
+        kind, name, num_bytes, operations = _cost(note, rows, load, kv_bytes)
         line = found.setdefault((kind, name), Line(kind, name))
         line.calls += 1
         line.seconds += spent
@@ -85,20 +89,21 @@ def lines(program: Program, seconds: torch.Tensor, rows: int, load: Load, kv_byt
     return list(found.values())
 
 
-def _cost(note: Note, program: Program, rows: int, load: Load, kv_bytes: float) -> tuple[str, str, float, float]:
+def _cost(note: Note, rows: int, load: Load, kv_bytes: float) -> tuple[str, str, float, float]:
     """Kind, name, bytes that have to move and operations, of one call."""
     fields = note.fields
-    moved = sum(_moved(note, program, rows))
+    moved = sum(_moved(note, rows))
     if "in" in fields and "out" in fields:
         inputs, outputs = int(fields["in"]), int(fields["out"])  # type: ignore[arg-type]
         return "matrix products", f"{note.name} {inputs} x {outputs}", moved, 2.0 * rows * inputs * outputs
     if note.name == "attend":
         heads, head_dim = int(fields["heads"]), int(fields["head_dim"])  # type: ignore[arg-type]
-        return "attention", note.name, moved + kv_bytes, 4.0 * load.pairs * heads * head_dim
+        pairs = load.pairs if note.axis == Axis.TOKENS else load.sampled_pairs
+        return "attention", note.name, moved + kv_bytes, 4.0 * pairs * heads * head_dim
     return "attention" if note.name == "write_kv" else "other kernels", note.name, moved, 0.0
 
 
-def _moved(note: Note, program: Program, rows: int) -> Iterator[float]:
+def _moved(note: Note, rows: int) -> Iterator[float]:
     """Bytes of the call's tensors: rows of values, and the whole of parameters but for tables of rows and scratch."""
     for name, field in note.fields.items():
         if not isinstance(field, torch.Tensor) or name in ("k", "v", "k_scales", "v_scales", "table", "scratch"):
@@ -126,9 +131,9 @@ class Profile:
         layer_kv = kv_bytes_per_token(self._assembly.spec, self._assembly.kv_dtype) / self._assembly.spec.layers
         num_sequences = self._load.sampled
         found = []
-        for program, total, rows in zip(self._programs, sums, (self._load.tokens, self._load.sampled), strict=True):
+        for program, total, tokens in zip(self._programs, sums, (self._load.tokens, self._load.sampled), strict=True):
             kv_bytes = layer_kv * self._load.context * num_sequences
-            found += lines(program, total / steps, rows, self._load, kv_bytes)
+            found += lines(program, total / steps, tokens, self._load, kv_bytes)
         return wall, found
 
 
@@ -203,9 +208,9 @@ def main() -> None:
 
 def make_load(prefill: int, batch: int, context: int, steps: int) -> Load:
     if prefill:
-        return Load(prefill, 1, prefill, prefill * (prefill + 1) / 2)
+        return Load(prefill, 1, prefill, prefill * (prefill + 1) / 2, prefill)
     average = context + steps // 2
-    return Load(batch, batch, average, float(batch * average))
+    return Load(batch, batch, average, float(batch * average), float(batch * average))
 
 
 def fill(assembly: Assembly, prefill: int, batch: int, context: int, steps: int, vocabulary: int) -> None:

@@ -4,7 +4,8 @@
 
 The engine is whole but for the model: a stand-in returns logits that are there already, of a vocabulary so small that
 finding the best is free. Every sequence decodes greedily; with `--churn` a share of the batch ends and is replaced in
-each step. Medians over the steps.
+each step. With `--cold` the stand-in reads through that many MiB, which no part is charged for: weights leave the same
+caches behind, and Python is then several times slower. Medians over the steps.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from engine.batch import Batch, SampleRow, Samples, StepOutput
 from engine.config import SchedulerConfig
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kernels import AttentionLayout
+from engine.kernels import AttentionLayout, Wanted
+from engine.kernels.cpu.compiler import load_library
+from engine.kernels.cpu.vocabulary import CpuReductions
 from engine.kv.pages import PagePool
 from engine.limits import Limits
 from engine.runner import Runner
@@ -40,6 +43,7 @@ from engine.sequence import Emission, Request
 PAGE_TOKENS = 16
 PROMPT_TOKENS = 100
 VOCABULARY = 64
+THREADS = 2
 SHAPES = ((256, 4096), (32, 49152))
 """Rows and vocabulary of the sampling measurements: the built-in model's, and that of a common tokenizer."""
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -71,15 +75,19 @@ class Stopwatch:
 
 
 class NoModel:
-    """A forward pass that costs nothing. The sequences go on for ever: the best token is no stop token."""
+    """A forward pass that only reads memory. The sequences go on for ever: the best token is no stop token."""
 
     device = torch.device("cpu")
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, watch: Stopwatch, cold_bytes: int) -> None:
         self._hidden = torch.zeros(1, 1)
         self._logits = torch.zeros(rows, VOCABULARY)
+        self._watch = watch
+        self._weights = bytearray(cold_bytes)
 
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+        with self._watch.part("model"):
+            self._weights.find(1)
         return self._hidden
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -127,14 +135,16 @@ class StepCost:
     """All of it."""
 
 
-def measure_steps(sequences: int, steps: int, *, churn: float = 0.0, **parameters: Any) -> StepCost:
+def measure_steps(
+    sequences: int, steps: int, *, churn: float = 0.0, cold_bytes: int = 0, **parameters: Any
+) -> StepCost:
     """Decodes `sequences` streams for `steps` iterations; `parameters` are those of the requests."""
     watch, length = Stopwatch(), PROMPT_TOKENS + steps * 2 + PAGE_TOKENS
     pool = PagePool(sequences * -(-length // PAGE_TOKENS))
     config = SchedulerConfig(max_sequences=sequences, max_batch_tokens=max(4096, sequences))
     scheduler = TimedScheduler(config, pool, PAGE_TOKENS)
     scheduler.watch = watch
-    runner = Runner(NoModel(sequences), PAGE_TOKENS, Sampler())
+    runner = Runner(NoModel(sequences, watch, cold_bytes), PAGE_TOKENS, make_sampler())
     engine = Engine(scheduler, LocalExecutor(TimedRunner(runner, watch)), Limits(length, VOCABULARY))
     names = map(str, itertools.count())
 
@@ -154,7 +164,17 @@ def measure_steps(sequences: int, steps: int, *, churn: float = 0.0, **parameter
             engine.step()
     for name in watch.seconds:
         watch.seconds[name] = watch.seconds[name][-steps:]
+    for name in ("runner", "step"):
+        watch.seconds[name] = [
+            whole - model for whole, model in zip(watch.seconds[name], watch.seconds["model"], strict=True)
+        ]
     return StepCost(sequences, **{part: watch.microseconds(part) for part in ("plan", "runner", "commit", "step")})
+
+
+def make_sampler() -> Sampler:
+    """As a replica on this machine has it."""
+    library = load_library()
+    return Sampler() if library is None else Sampler(CpuReductions(library, THREADS))
 
 
 def measure_sampling(rows: int, vocabulary: int, name: str, repetitions: int, *, flat: bool = False) -> float:
@@ -177,7 +197,7 @@ def _sampling(logits: Tensor, params: list[SamplingParams], history: tuple[int, 
         SampleRow(row, each, seed=row, sample_index=0, position=1000, prompt=history, output=history)
         for row, each in enumerate(params)
     ]
-    sampler, samples = Sampler(), Samples.of(rows)
+    sampler, samples = make_sampler(), Samples.of(rows)
     return lambda: sampler.sample(logits, samples)
 
 
@@ -197,14 +217,15 @@ def main() -> None:
     parser.add_argument("--sequences", default="1,32,256", help="batch sizes")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--churn", type=float, default=0.0, help="share of the batch that ends in each step")
+    parser.add_argument("--cold", type=int, default=0, metavar="MIB", help="memory read in each step; 64 is enough")
     parser.add_argument("--no-sampling", action="store_true")
     parser.add_argument("--json", type=Path, help="keep the result here")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     print(f"{'us a step':>12}{'plan':>9}{'runner':>9}{'commit':>9}{'step':>9}{'a sequence':>12}")
     costs = []
     for sequences in map(int, options.sequences.split(",")):
-        cost = measure_steps(sequences, options.steps, churn=options.churn)
+        cost = measure_steps(sequences, options.steps, churn=options.churn, cold_bytes=options.cold * 2**20)
         costs.append(cost)
         parts = (cost.plan, cost.runner, cost.commit, cost.step)
         print(f"{sequences:12}" + "".join(f"{part:9.0f}" for part in parts) + f"{cost.step / sequences:12.2f}")
@@ -216,7 +237,7 @@ def main() -> None:
             sampling |= {f"{name} {rows} {vocabulary} {kind}": us for kind, us in zip(("", "flat"), both, strict=True)}
             print(f"{name:>12}" + "".join(f"{us / 1000:9.2f}" for us in both))
     if options.json:
-        result = {"machine": machine.describe(2), "steps": [asdict(c) for c in costs], "sampling_us": sampling}
+        result = {"machine": machine.describe(THREADS), "steps": [asdict(c) for c in costs], "sampling_us": sampling}
         options.json.write_text(json.dumps(result, indent=1))
 
 

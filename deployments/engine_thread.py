@@ -3,6 +3,7 @@
 Knows neither asyncio nor Ray: results leave through a callback, which must be quick and safe to call from this thread.
 """
 
+import gc
 import logging
 import threading
 from collections import deque
@@ -126,6 +127,9 @@ class EngineThread(Generic[E]):
             self._stop(error)
             self._started.set_exception(error)
             return
+        # What was built stays for good. Later collections need not walk it, which takes longer than many iterations.
+        gc.collect()
+        gc.freeze()
         self._started.set_result(engine)
         try:
             stats = engine.stats()

@@ -29,9 +29,7 @@ def adopt_orphans() -> None:
 
 def descendants() -> set[int]:
     """Process ids of all living processes below this one; zombies are reaped and left out."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    _reap()
     children: dict[int, list[_Process]] = {}
     for process in _processes():
         children.setdefault(process.parent, []).append(process)
@@ -47,7 +45,10 @@ def descendants() -> set[int]:
 
 
 def end_descendants(grace_s: float) -> None:
-    """Terminates every process below this one, kills what is left after `grace_s` seconds, returns when none is."""
+    """Terminates every process below this one, kills what is left after `grace_s` seconds, returns when none is.
+
+    With `adopt_orphans` in effect no zombies are left either.
+    """
     _signal(descendants(), signal.SIGTERM)
     deadline = time.monotonic() + grace_s
     while descendants() and time.monotonic() < deadline:
@@ -55,6 +56,15 @@ def end_descendants(grace_s: float) -> None:
     while left := descendants():
         _signal(left, signal.SIGKILL)
         time.sleep(0.02)
+    # What ended since the last look. Its parent has ended too, so that it is a child of this process by now.
+    _reap()
+
+
+def _reap() -> None:
+    """Takes note of every child that has ended, which then is no zombie any more."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _signal(pids: Iterable[int], number: signal.Signals) -> None:

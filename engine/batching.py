@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batch import Batch, Edit, PromptLogprobRow, Samples
-from engine.lanes import Lanes
+from engine.lanes import Group, Lanes
 from engine.sequence import Sequence
 
 
@@ -36,27 +36,27 @@ def build_batch(step: int, lanes: Lanes, decodes: list[Sequence], chunks: list[C
     Each sequence is in a lane and has pages for its tokens.
     """
     sequences = decodes + [chunk.sequence for chunk in chunks] if chunks else decodes
-    lane = np.array([sequence.lane for sequence in sequences])
-    last_token, length = lanes.last_token[lane], lanes.length[lane]
-    axis = _mixed(last_token, length, chunks) if chunks else _decoding(last_token, length)
-    rows = np.flatnonzero(axis.context_lens == length) if chunks else np.arange(len(sequences))
-    drawing, drawing_lanes, partial = sequences, lane, []
-    if len(rows) < len(sequences):
-        drawing, drawing_lanes = [sequences[row] for row in rows.tolist()], lane[rows]
-        partial = [sequences[row] for row in np.flatnonzero(axis.context_lens != length).tolist()]
-    edits, logprobs = _wishes(lanes, drawing, drawing_lanes)
+    group = lanes.group(sequences)
+    last_token, length = lanes.last_token[group.lanes], lanes.length[group.lanes]
+    if chunks:
+        axis = _mixed(last_token, length, chunks)
+        drawing = _drawing(group, length, axis)
+    else:
+        axis = _decoding(last_token, length, group)
+        drawing = _Drawing(group.sequences, group.lanes, [], group.rows, length, group.settings)
+    edits, logprobs = _wishes(lanes, drawing.sequences, drawing.lanes)
     batch = Batch(
         step=step,
-        sequence_ids=tuple([sequence.sequence_id for sequence in sequences]),
+        sequence_ids=group.sequence_ids,
         token_ids=axis.token_ids,
         positions=axis.positions,
         cu_seq_q=axis.cu_seq_q,
         context_lens=axis.context_lens,
-        page_table=lanes.pages(lane, int(axis.context_lens.max())),
-        samples=Samples(rows, length[rows], lanes.settings[drawing_lanes], edits, logprobs),
-        prompt_logprobs=_prompt_logprobs(lanes, sequences, lane, axis),
+        page_table=lanes.pages(group.lanes, axis.context_lens),
+        samples=Samples(drawing.rows, drawing.positions, drawing.settings, edits, logprobs),
+        prompt_logprobs=_prompt_logprobs(lanes, group, axis),
     )
-    return Layout(batch, sequences, drawing, drawing_lanes, partial)
+    return Layout(batch, group.sequences, drawing.sequences, drawing.lanes, drawing.partial)
 
 
 class _Axis(NamedTuple):
@@ -68,10 +68,20 @@ class _Axis(NamedTuple):
     context_lens: NDArray[np.int32]
 
 
-def _decoding(last_token: NDArray[np.int64], length: NDArray[np.int64]) -> _Axis:
+class _Drawing(NamedTuple):
+    """Which sequences of a batch draw a token; see `Layout` and `Samples`."""
+
+    sequences: list[Sequence]
+    lanes: NDArray[np.int64]
+    partial: list[Sequence]
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    settings: NDArray[np.void]
+
+
+def _decoding(last_token: NDArray[np.int64], length: NDArray[np.int64], group: Group) -> _Axis:
     """One token of each sequence."""
-    cu_seq_q = np.arange(len(length) + 1, dtype=np.int32)
-    return _Axis(last_token, length - 1, cu_seq_q, length.astype(np.int32))
+    return _Axis(last_token, length - 1, group.one_each, length.astype(np.int32))
 
 
 def _mixed(last_token: NDArray[np.int64], length: NDArray[np.int64], chunks: list[Chunk]) -> _Axis:
@@ -90,6 +100,20 @@ def _mixed(last_token: NDArray[np.int64], length: NDArray[np.int64], chunks: lis
     )
 
 
+def _drawing(group: Group, length: NDArray[np.int64], axis: _Axis) -> _Drawing:
+    """Those whose last token is in the batch."""
+    draws = axis.context_lens == length
+    rows = np.flatnonzero(draws)
+    return _Drawing(
+        [group.sequences[row] for row in rows.tolist()],
+        group.lanes[rows],
+        [group.sequences[row] for row in np.flatnonzero(~draws).tolist()],
+        rows,
+        length[rows],
+        group.settings[rows],
+    )
+
+
 def _wishes(
     lanes: Lanes, drawing: list[Sequence], drawing_lanes: NDArray[np.int64]
 ) -> tuple[dict[int, Edit], dict[int, int]]:
@@ -105,13 +129,12 @@ def _wishes(
     return edits, logprobs
 
 
-def _prompt_logprobs(
-    lanes: Lanes, sequences: list[Sequence], lane: NDArray[np.int64], axis: _Axis
-) -> tuple[PromptLogprobRow, ...]:
+def _prompt_logprobs(lanes: Lanes, group: Group, axis: _Axis) -> tuple[PromptLogprobRow, ...]:
     found = []
-    for row in lanes.special_among(lane):
-        request, top = sequences[row].request, sequences[row].request.params.prompt_logprobs
-        if top is not None and wants_prompt_logprobs(sequences[row]):
+    for row in lanes.special_among(group.lanes):
+        sequence = group.sequences[row]
+        request, top = sequence.request, sequence.request.params.prompt_logprobs
+        if top is not None and wants_prompt_logprobs(sequence):
             end = int(axis.context_lens[row])
             start = end - int(axis.cu_seq_q[row + 1] - axis.cu_seq_q[row])
             found.append(PromptLogprobRow(row, request.prompt_token_ids[start + 1 : end + 1], top))

@@ -6,6 +6,7 @@ The composition root: the only place that knows both the deciding and the comput
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.limits import Limits
 from engine.models.decoder import Decoder
-from engine.models.directory import load_eos_token_ids
+from engine.models.directory import find_quantization, load_eos_token_ids
 from engine.models.loader import load_parameters
 from engine.models.source import resolve_model
 from engine.models.spec import ModelSpec
@@ -37,6 +38,8 @@ class Assembly:
     forward: Forward
     spec: ModelSpec
     kv_dtype: torch.dtype
+    weight_bytes: int
+    """Of all parameters, in the form that they were loaded in."""
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -57,12 +60,19 @@ def assemble(config: EngineConfig) -> Assembly:
     loaded = load_parameters(path, config.dtype, device.name, quantization=scheme, group=config.quantization_group)
     backend = device.backend(loaded)
     decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
-    kv_dtype = torch.int8 if config.kv.dtype == "int8" else decoder.dtype
+    kv_dtype = torch.int8 if _has_int8_kv(config, path, device) else decoder.dtype
     kv = _plan_kv(config, decoder.spec, kv_dtype, device)
-    cache = PagedKVCache(decoder.spec, kv.num_pages + device.spare_pages, device.page_tokens, kv_dtype, device.name)
+    cache = PagedKVCache(
+        decoder.spec,
+        kv.num_pages + device.spare_pages,
+        device.page_tokens,
+        kv_dtype,
+        device.name,
+        backend.kv_layout,
+    )
     forward = backend.forward(decoder, cache)
     log.info(
-        "%s from %s: %s, %s kernels, %d threads, weights %s, KV %s in %d pages of %d tokens, "
+        "%s from %s: %s, %s kernels, %d threads, weights %s, %s KV %s in %d pages of %d tokens, "
         "up to %d tokens a sequence; %.1f s",
         config.model,
         path,
@@ -70,6 +80,7 @@ def assemble(config: EngineConfig) -> Assembly:
         backend.name,
         torch.get_num_threads(),
         _mebibytes(loaded.num_bytes),
+        str(kv_dtype).removeprefix("torch."),
         _mebibytes(kv.num_bytes),
         kv.num_pages,
         device.page_tokens,
@@ -83,7 +94,14 @@ def assemble(config: EngineConfig) -> Assembly:
         eos_token_ids=load_eos_token_ids(path),
         model_path=path,
     )
-    return Assembly(engine, forward, decoder.spec, kv_dtype)
+    return Assembly(engine, forward, decoder.spec, kv_dtype, loaded.num_bytes)
+
+
+def _has_int8_kv(config: EngineConfig, path: Path, device: Device) -> bool:
+    if config.kv.dtype != "auto":
+        return config.kv.dtype == "int8"
+    # A GPU's fastest attention does not read int8; on a CPU it costs less accuracy than any quantized weight.
+    return device.name == "cpu" and (config.quantization != "auto" or find_quantization(path) is not None)
 
 
 def _plan_kv(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: Device) -> KVPlan:

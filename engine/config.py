@@ -42,8 +42,9 @@ class KVConfig(Config):
     """Bytes of keys and values; "auto" takes `memory_share` of what is free once the weights are loaded."""
     memory_share: float = Field(default=0.5, gt=0.0, le=0.95)
     """Share of the free memory that "auto" takes; replicas on one machine divide it between them."""
-    dtype: Literal["auto", "int8"] = "auto"
-    """"auto" is that of the activations; "int8" takes half the memory, with a scale for each token and head."""
+    dtype: Literal["auto", "model", "int8"] = "auto"
+    """"model" is that of the activations; "int8" takes half the memory, with a scale for each token and head. "auto" is
+    "int8" on a CPU where the weights are quantized too, else "model"."""
     page_tokens: Annotated[int, Field(ge=1, le=512)] | Auto = "auto"
     """Tokens of one sequence that share one page; "auto" is 16 on a CPU and 256, which its kernels want, on a GPU."""
 

@@ -64,7 +64,14 @@ class Cpu:
         Thread(target=self._compile, name="compile-kernels", daemon=True).start()
 
     def backend(self, loaded: "LoadedModel") -> Backend:
-        return choose_backend(self._library.result(), loaded.dtype, loaded.spec.head_dim, self.threads, self._scheduler)
+        return choose_backend(
+            self._library.result(),
+            loaded.dtype,
+            loaded.spec.head_dim,
+            self.page_tokens,
+            self.threads,
+            self._scheduler,
+        )
 
     def free_bytes(self) -> int:
         return available_bytes()
@@ -127,12 +134,17 @@ def choose_device(config: EngineConfig) -> Device:
 
 
 def choose_backend(
-    library: Library | None, dtype: torch.dtype, head_dim: int, threads: int, scheduler: SchedulerConfig
+    library: Library | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    page_tokens: int,
+    threads: int,
+    scheduler: SchedulerConfig,
 ) -> CpuBackend | ReferenceBackend:
     """The C kernels where they were compiled and know the model, else plain torch."""
     if library is None:
         return ReferenceBackend()
-    if reason := missing_kernel(dtype, head_dim):
+    if reason := missing_kernel(dtype, head_dim, page_tokens):
         log.warning("%s; the slower reference kernels run", reason)
         return ReferenceBackend()
     max_rows = max(scheduler.max_sequences, LOGPROB_ROWS)

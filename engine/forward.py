@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionLayout, Operators, ReferenceOperators
+from engine.kernels import AttentionLayout, Operators, ReferenceOperators, Wanted
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import CpuOperators
 from engine.kernels.cpu.program import Program, Recorder, StepArrays
-from engine.kv.cache import PagedKVCache
+from engine.kv.cache import KVLayout, PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.rope import Rope
 from engine.models.spec import LearnedPositions, ModelSpec
@@ -26,8 +26,8 @@ class Forward(Protocol):
     def device(self) -> torch.device:
         """Where callers put token ids, layouts and rows."""
 
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        """[T] int64 token ids to [T, hidden]; writes the keys and values of these tokens into the cache."""
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+        """[T] int64 token ids to [R, hidden] of the wanted ones, None being all; writes keys and values of all T."""
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits [R, vocab] float32 of the rows ([R] int64) of what `hidden` returned. The caller may write to them."""
@@ -43,6 +43,10 @@ class Backend(Protocol):
     @property
     def operators(self) -> Operators: ...
 
+    @property
+    def kv_layout(self) -> KVLayout:
+        """Of the cache that `forward` is given."""
+
     def forward(self, decoder: Decoder, cache: PagedKVCache) -> Forward:
         """Makes the decoder, which was built on `operators`, ready to run over a cache. Called once."""
 
@@ -51,6 +55,7 @@ class ReferenceBackend:
     """Plain torch, any device and dtype."""
 
     name = "torch"
+    kv_layout = KVLayout.ROWS
 
     def __init__(self) -> None:
         self.operators = ReferenceOperators()
@@ -63,6 +68,7 @@ class CpuBackend:
     """The C kernels, one program for all steps; float32 and bfloat16."""
 
     name = "C"
+    kv_layout = KVLayout.WORDS
 
     def __init__(self, library: Library, threads: int, *, max_tokens: int, max_rows: int) -> None:
         """`max_tokens` of one step, and `max_rows` whose logits are asked for at once."""
@@ -86,11 +92,13 @@ class EagerForward:
     def device(self) -> torch.device:
         return self._cache.pages.device
 
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
+    @torch.inference_mode()
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
         # The reference attention gathers whole pages: a weight of zero does not hide what an earlier owner left there.
         self._cache.clear(opened_pages(layout))
-        return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache)
+        return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache, wanted)
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return self._decoder.logits(hidden[rows])
 
@@ -107,22 +115,24 @@ class ProgramForward:
             self._eager_rope = rope
         angles = None if rope is None else recorder.empty(recorder.capacity, rope.dim, dtype=torch.float32)
         layout = _placeholder(recorder, cache.page_tokens)
-        hidden = decoder.forward(recorder.token_ids, layout, angles, cache)
+        hidden = decoder.forward(recorder.token_ids, layout, angles, cache, Wanted(recorder.rows, layout))
         self.program: Program = recorder.program(hidden)
-        picked = recorder.empty(max_rows, hidden.shape[1], dtype=hidden.dtype)
-        self.head: Program = recorder.program(decoder.logits(picked), inputs=(picked,))
+        picked = CpuOperators(recorder).take_rows(self.program.output, recorder.rows[:max_rows])
+        self.head: Program = recorder.program(decoder.logits(picked))
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
         angles = self._angles if self._eager_rope is None else cos_sin(self._eager_rope, layout)
-        return self.program.run(StepArrays(len(token_ids), token_ids, layout, angles))
+        step = StepArrays(len(token_ids), token_ids, layout, angles)
+        rows = None if wanted is None else StepArrays(len(wanted.rows), layout=wanted.layout, rows=wanted.rows)
+        return self.program.run(step, rows)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        torch.index_select(hidden, 0, rows, out=self.head.inputs[0][: len(rows)])
-        return self.head.run(StepArrays(len(rows)))
+        assert not len(hidden) or hidden.data_ptr() == self.program.output.data_ptr(), "what the last step returned"
+        return self.head.run(StepArrays(len(rows), rows=rows))
 
     def _record_angles(self, rope: Rope, recorder: Recorder) -> bool:
         """Makes the rotary angles a part of the program, unless they depend on more than positions."""

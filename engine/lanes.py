@@ -4,7 +4,7 @@ Laying a decode step out is then a few gathers, whatever the number of sequences
 tokens and pages. Knows neither the order of the sequences nor which of them run next; imports no torch.
 """
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,21 @@ _FIRST_LANES = 8
 _FIRST_PAGES = 8
 
 Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+class Group(NamedTuple):
+    """S sequences that run together, with what stays as it is for as long as they do. Batches share these arrays."""
+
+    sequences: list[Sequence]
+    sequence_ids: tuple[int, ...]
+    lanes: NDArray[np.int64]
+    """[S]."""
+    settings: NDArray[np.void]
+    """[S] of SETTINGS."""
+    rows: NDArray[np.int64]
+    """[S] 0, 1, 2 and so on."""
+    one_each: NDArray[np.int32]
+    """[S + 1] where each begins on the flat axis when each has one token there."""
 
 
 class Lanes:
@@ -36,6 +51,8 @@ class Lanes:
         self._num_special = 0
         self._free = list(range(_FIRST_LANES - 1, -1, -1))
         self._edits: dict[int, _Edits] = {}
+        self._group: Group | None = None
+        """The last one that was asked for; None once a sequence has come or gone."""
 
     @property
     def num_taken(self) -> int:
@@ -57,6 +74,7 @@ class Lanes:
             self._edits[lane] = _Edits(sequence)
         self._special[lane] = edited or params.logprobs is not None or params.prompt_logprobs is not None
         self._num_special += int(self._special[lane])
+        self._group = None
 
     def leave(self, sequence: Sequence) -> None:
         """Takes the sequence's lane back. It must not be in flight."""
@@ -64,6 +82,21 @@ class Lanes:
         self._edits.pop(sequence.lane, None)
         self._free.append(sequence.lane)
         sequence.lane = -1
+        self._group = None
+
+    def group(self, sequences: list[Sequence]) -> Group:
+        """Of these sequences in this order. Most iterations run those of the one before, and get the same object."""
+        if self._group is None or self._group.sequences != sequences:
+            lanes = np.array([sequence.lane for sequence in sequences])
+            self._group = Group(
+                sequences,
+                tuple([sequence.sequence_id for sequence in sequences]),
+                lanes,
+                self.settings[lanes],
+                np.arange(len(lanes)),
+                np.arange(len(lanes) + 1, dtype=np.int32),
+            )
+        return self._group
 
     def add_page(self, sequence: Sequence) -> None:
         """Notes the page that the sequence was given last."""
@@ -80,9 +113,12 @@ class Lanes:
                 if lane in self._edits:
                     self._edits[lane].append(token_id)
 
-    def pages(self, lanes: NDArray[np.int64], longest: int) -> NDArray[np.int32]:
-        """[S, P] a copy of the page tables of these lanes, wide enough for `longest` positions."""
-        return self.page_table[lanes, : -(-longest // self._page_tokens)]
+    def pages(self, lanes: NDArray[np.int64], context_lens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[S, P] a copy of the page tables of these lanes, wide enough for the longest of these contexts."""
+        # `argmax` and `take` are one C function each. After a forward pass the caches hold nothing of Python, and the
+        # general machinery behind `max` and an index of two dimensions takes ten times as long as when it is warm.
+        longest = int(context_lens[context_lens.argmax()])
+        return self.page_table[:, : -(-longest // self._page_tokens)].take(lanes, axis=0)
 
     def special_among(self, lanes: NDArray[np.int64]) -> list[int]:
         """Indices of those of these lanes whose sequences ask for more than draws from their plain logits."""

@@ -4,6 +4,7 @@ Knows neither scheduler nor policy: who runs is in the batch.
 """
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from engine.batch import Batch, PromptLogprobRow, StepOutput, StepStats, TokenLogprob
 from engine.forward import Forward
-from engine.kernels import AttentionLayout
+from engine.kernels import AttentionLayout, Wanted
 from engine.sampler import Sampler
 
 LOGPROB_ROWS = 128
@@ -30,20 +31,23 @@ class Runner:
 
     def run(self, batch: Batch) -> StepOutput:
         start = time.perf_counter()
-        with torch.inference_mode():
-            layout = layout_of(batch, self._page_tokens, self._forward.device)
-            hidden = self._forward.hidden(self._to_device(batch.token_ids), layout)
-            prompt_logprobs = [self._prompt_logprobs(hidden, batch, row) for row in batch.prompt_logprobs]
-            drawn = self._sampler.sample(self._forward.logits(hidden, self._sample_rows(batch)), batch.samples)
+        device = self._forward.device
+        layout = layout_of(batch, self._page_tokens, device)
+        begins = wanted_begins(batch)
+        wanted = wanted_of(batch, begins, layout)
+        # Before the forward pass: after it the caches are cold, and the same few lines take several times as long.
+        sampled = _to(device, sampled_rows(batch, begins))
+        hidden = self._forward.hidden(_to(device, batch.token_ids), layout, wanted)
+        prompt_logprobs = [self._prompt_logprobs(hidden, begins, row) for row in batch.prompt_logprobs]
+        drawn = self._sampler.sample(self._forward.logits(hidden, sampled), batch.samples)
         stats = StepStats(batch.num_tokens, batch.num_sequences, time.perf_counter() - start)
         return StepOutput(batch.step, drawn.token_ids, drawn.logprobs, prompt_logprobs, stats, drawn.failed)
 
-    def _sample_rows(self, batch: Batch) -> Tensor:
-        """The last token of each sequence that samples: the only rows that need logits."""
-        return self._to_device(batch.cu_seq_q[batch.samples.rows + 1].astype(np.int64) - 1)
-
-    def _prompt_logprobs(self, hidden: Tensor, batch: Batch, row: PromptLogprobRow) -> tuple[TokenLogprob, ...]:
-        first = int(batch.cu_seq_q[row.row])
+    def _prompt_logprobs(
+        self, hidden: Tensor, begins: NDArray[np.int32], row: PromptLogprobRow
+    ) -> tuple[TokenLogprob, ...]:
+        """`hidden` are the wanted rows; those of a sequence with targets are its whole chunk."""
+        first = int(begins[row.row])
         found: list[TokenLogprob] = []
         for start in range(0, len(row.targets), LOGPROB_ROWS):
             targets = row.targets[start : start + LOGPROB_ROWS]
@@ -52,16 +56,11 @@ class Runner:
             found.extend(self._sampler.token_logprobs(logits, list(targets), row.top))
         return tuple(found)
 
-    def _to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._forward.device)
-
 
 def layout_of(batch: Batch, page_tokens: int, device: torch.device) -> AttentionLayout:
     """The batch's places in the cache, on the device."""
 
-    def tensor(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(device)
-
+    tensor = partial(_to, device)
     only_decodes = batch.num_tokens == batch.num_sequences
     query_lens = (1,) * batch.num_sequences if only_decodes else tuple(np.diff(batch.cu_seq_q).tolist())
     contexts = batch.positions + 1 if only_decodes else np.repeat(batch.context_lens.astype(np.int64), query_lens)
@@ -78,10 +77,60 @@ def layout_of(batch: Batch, page_tokens: int, device: torch.device) -> Attention
     )
 
 
+def wanted_begins(batch: Batch) -> NDArray[np.int32]:
+    """[S + 1] where each sequence's wanted tokens begin among all wanted ones.
+
+    Wanted are the last token of a sequence that samples, and every token of one with prompt logprobs.
+    """
+    if len(batch.samples) == batch.num_tokens:
+        return batch.cu_seq_q
+    begins = np.zeros(batch.num_sequences + 1, np.int32)
+    begins[batch.samples.rows + 1] = 1
+    scored = np.array([row.row for row in batch.prompt_logprobs if row.targets], np.int64)
+    begins[scored + 1] = batch.cu_seq_q[scored + 1] - batch.cu_seq_q[scored]
+    return begins.cumsum(dtype=np.int32)
+
+
+def sampled_rows(batch: Batch, begins: NDArray[np.int32]) -> NDArray[np.int64]:
+    """[R] where the last token of each sequence that samples is among the wanted ones. `begins` is `wanted_begins`."""
+    if len(batch.samples) == batch.num_tokens:
+        return batch.samples.rows
+    return begins[batch.samples.rows + 1].astype(np.int64) - 1
+
+
+def wanted_of(batch: Batch, begins: NDArray[np.int32], layout: AttentionLayout) -> Wanted | None:
+    """The wanted tokens of a batch with this layout; None if all are. `begins` is `wanted_begins`."""
+    if begins[-1] == batch.num_tokens:
+        return None
+    device, counts = layout.positions.device, np.diff(begins)
+    some = np.flatnonzero(counts)
+    places = np.arange(begins[-1]) + np.repeat(batch.cu_seq_q[1:] - begins[1:], counts)
+    rows, sequences = (torch.from_numpy(index).to(device) for index in (places, some))
+    return Wanted(
+        rows,
+        AttentionLayout(
+            positions=layout.positions[rows],
+            contexts=layout.contexts[rows],
+            slots=layout.slots[rows],
+            cu_seq_q=torch.from_numpy(np.append(begins[:1], begins[some + 1])).to(device),
+            context_lens=layout.context_lens[sequences],
+            page_table=layout.page_table[sequences],
+            page_tokens=layout.page_tokens,
+            query_lens=tuple(counts[some].tolist()),
+            lens=tuple(batch.context_lens[some].tolist()),
+        ),
+    )
+
+
 def slots(batch: Batch, page_tokens: int) -> NDArray[np.int64]:
     """[T] where each token's keys and values go: page * page_tokens + offset."""
     sequences = np.arange(batch.num_sequences)
     if batch.num_tokens > batch.num_sequences:
         sequences = np.repeat(sequences, np.diff(batch.cu_seq_q))
-    columns, offsets = np.divmod(batch.positions, page_tokens)
-    return batch.page_table[sequences, columns].astype(np.int64) * page_tokens + offsets
+    columns = batch.positions // page_tokens
+    pages = batch.page_table.take(sequences * batch.page_table.shape[1] + columns)
+    return batch.positions + (pages - columns) * page_tokens
+
+
+def _to(device: torch.device, array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array).to(device)

@@ -61,40 +61,46 @@ class Sampler:
 
         A row that cannot be drawn from (NaN or +inf among its logits, or no token left) is named in `failed`.
         """
-        assert len(logits) == len(samples), f"{len(logits)} rows of logits for {len(samples)} to draw from"
+        assert logits.shape[0] == len(samples), f"{logits.shape[0]} rows of logits for {len(samples)} to draw from"
         if not len(samples):
             return Drawn([], [])
-        best, ids = self._reductions.largest(logits)
-        failed = _unusable(best, _RAW_REASONS)
-        token_ids = ids.tolist()
         # The arg max is every row's finite check and the greedy rows' answer; the others go on from here.
-        random = samples.settings["temperature"] > 0.0
-        if samples.edits or random.any():
-            random[list(samples.edits)] = True
-            others = [i for i in np.flatnonzero(random).tolist() if i not in failed]
-            chosen, reasons = self._choose(_take(logits, others), _take_rows(samples, others), _take(best, others))
-            for i, token_id in zip(others, chosen, strict=True):
-                token_ids[i] = token_id
-            failed |= {others[j]: reason for j, reason in reasons.items()}
+        best, token_ids = self._reductions.largest(logits)
+        failed = _unusable(best, _RAW_REASONS)
+        if samples.edits or np.count_nonzero(samples.settings["temperature"]):
+            self._draw_others(logits, samples, best, token_ids, failed)
         for i in failed:
             token_ids[i] = 0
         return Drawn(token_ids, self._logprobs(logits, samples, token_ids, failed), failed)
 
+    @torch.inference_mode()
     def token_logprobs(self, logits: Tensor, targets: SequenceOf[int], top: int) -> tuple[TokenLogprob, ...]:
         """See `engine.sampling.logprobs.token_logprobs`."""
         return token_logprobs(logits, targets, top, self._reductions)
 
-    def _choose(self, logits: Tensor, samples: Samples, best: Tensor) -> tuple[list[int], dict[int, str]]:
-        """Tokens of rows that are edited or random, and which have no token to draw. `best` is [R], the maxima."""
-        ids = torch.zeros(len(samples), dtype=torch.int64, device=logits.device)
+    @torch.inference_mode()
+    def _draw_others(
+        self, logits: Tensor, samples: Samples, best: list[float], token_ids: list[int], failed: dict[int, str]
+    ) -> None:
+        """Puts the tokens of edited and random rows, which have those of greedy ones, into `token_ids` and `failed`."""
+        rows = {*np.flatnonzero(samples.settings["temperature"]).tolist(), *samples.edits}
+        others = sorted(rows - failed.keys())
+        chosen, reasons = self._choose(_take(logits, others), _take_rows(samples, others), [best[i] for i in others])
+        for i, token_id in zip(others, chosen, strict=True):
+            token_ids[i] = token_id
+        failed |= {others[j]: reason for j, reason in reasons.items()}
+
+    def _choose(self, logits: Tensor, samples: Samples, best: list[float]) -> tuple[list[int], dict[int, str]]:
+        """Tokens of rows that are edited or random, and which have no token to draw. `best` are the R maxima."""
+        ids = [0] * len(samples)
         failed: dict[int, str] = {}
         if samples.edits:
             edited = list(samples.edits)
             changed = logits[edited]
             edit(changed, list(samples.edits.values()))
-            logits = _put(logits, edited, changed)
-            values, tokens = self._reductions.largest(changed)
-            best, ids = _put(best, edited, values), _put(ids, edited, tokens)
+            logits, best = _put(logits, edited, changed), best.copy()
+            for i, value, token_id in zip(edited, *self._reductions.largest(changed), strict=True):
+                best[i], ids[i] = value, token_id
             failed = _unusable(best, _EDITED_REASONS)
         random = [i for i in np.flatnonzero(samples.settings["temperature"]).tolist() if i not in failed]
         if random:
@@ -103,9 +109,11 @@ class Sampler:
                 settings["seed"].tolist(), settings["sample_index"].tolist(), samples.positions[random].tolist()
             )
             uniform = torch.from_numpy(numbers).to(logits.device)
-            rows = Rows.of(_take(logits, random), _take(best, random), uniform, settings)
-            ids[random] = draw(rows, self._reductions)
-        return ids.tolist(), failed
+            maxima = torch.tensor([best[i] for i in random], dtype=torch.float32, device=logits.device)
+            rows = Rows.of(_take(logits, random), maxima, uniform, settings)
+            for i, token_id in zip(random, draw(rows, self._reductions).tolist(), strict=True):
+                ids[i] = token_id
+        return ids, failed
 
     def _logprobs(
         self, logits: Tensor, samples: Samples, token_ids: list[int], failed: dict[int, str]
@@ -121,12 +129,11 @@ class Sampler:
         return found
 
 
-def _unusable(best: Tensor, reasons: dict[str, str]) -> dict[int, str]:
+def _unusable(best: list[float], reasons: dict[str, str]) -> dict[int, str]:
     """Rows that nothing can be drawn from, told by their largest logit: NaN and +inf win every comparison."""
-    values = best.tolist()
-    if math.isfinite(sum(values)):
+    if math.isfinite(sum(best)):
         return {}
-    return {i: reasons[str(value)] for i, value in enumerate(values) if not math.isfinite(value)}
+    return {i: reasons[str(value)] for i, value in enumerate(best) if not math.isfinite(value)}
 
 
 def _take(x: Tensor, rows: list[int]) -> Tensor:

@@ -57,7 +57,9 @@ def generate(
     quantization_group: Annotated[
         int, typer.Option(help="Channels a scale in w4a16: 32, 64, 128.", rich_help_panel=_ENGINE)
     ] = 64,
-    kv_dtype: Annotated[str, typer.Option(help="int8, or auto: as the activations.", rich_help_panel=_ENGINE)] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="model, int8, or auto: int8 beside quantized weights.", rich_help_panel=_ENGINE)
+    ] = "auto",
     kv_memory: Annotated[str, typer.Option(help='Such as "2GiB", or auto.', rich_help_panel=_ENGINE)] = "auto",
     max_model_len: Annotated[str, typer.Option(help="Tokens, or auto.", rich_help_panel=_ENGINE)] = "auto",
     max_sequences: Annotated[int, typer.Option(help="Prompts run at once.", rich_help_panel=_ENGINE)] = 128,

@@ -44,7 +44,11 @@ def serve(
         int | None, typer.Option(help="Channels a scale in w4a16: 32, 64, 128. [64]", rich_help_panel=_MODEL)
     ] = None,
     kv_dtype: Annotated[
-        str | None, typer.Option(help="int8, or auto: as the activations. [auto]", rich_help_panel=_MODEL)
+        str | None,
+        typer.Option(
+            help="model: as the activations; int8; or auto: int8 beside quantized weights. [auto]",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
     max_model_len: Annotated[str | None, typer.Option(help="Tokens, or auto. [auto]", rich_help_panel=_MODEL)] = None,
     kv_memory: Annotated[
@@ -77,7 +81,7 @@ def serve(
 
       manta serve org/name --kv-memory 4GiB --max-model-len 4096
 
-      manta serve ./my-model --quantization w8a8 --kv-dtype int8
+      manta serve ./my-model --quantization w8a8
     """
     from deployments.launcher import LaunchOptions, launch
 

@@ -1,6 +1,6 @@
 """The arithmetic of a decoder: one protocol, a plain torch implementation, one in C for CPUs, one for CUDA."""
 
-from engine.kernels.operators import AttentionLayout, Embedding, Linear, Operators, QKNorm, StepAttention
+from engine.kernels.operators import AttentionLayout, Embedding, Linear, Operators, QKNorm, StepAttention, Wanted
 from engine.kernels.reference import ReferenceOperators
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "QKNorm",
     "ReferenceOperators",
     "StepAttention",
+    "Wanted",
 ]

@@ -56,6 +56,19 @@ class AttentionLayout:
     lens: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """The R tokens of a step whose hidden states are asked for: the last ones of some of its sequences, in its order.
+
+    Every token's keys and values are needed, but in the last layer nothing else of a token that is not wanted.
+    """
+
+    rows: Tensor
+    """[R] int64 where these tokens are among the step's T, ascending."""
+    layout: AttentionLayout
+    """Of these tokens alone, in those of the step's sequences that have any."""
+
+
 class StepAttention(Protocol):
     """Attention over the paged cache for one step; what depends on the layout alone was prepared when it was made."""
 
@@ -99,6 +112,9 @@ class Operators(Protocol):
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b of one shape."""
 
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """[T, ...] to [R, ...]: the rows `Wanted.rows` of x, contiguous."""
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """RMSNorm (Zhang & Sennrich, 2019) of `x + residual` over the last axis, in float32.
 
@@ -114,4 +130,4 @@ class Operators(Protocol):
         """The activation alone."""
 
     def attention(self, layout: AttentionLayout) -> StepAttention:
-        """Prepares one step's attention; called once per step, not per layer."""
+        """Prepares the attention of one layout; called once per step and layout, not per layer."""

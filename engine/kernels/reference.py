@@ -45,6 +45,9 @@ class ReferenceOperators:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
         return F.rms_norm(total, (total.shape[-1],), weight, eps), total

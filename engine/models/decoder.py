@@ -5,12 +5,12 @@ variant of norm, position, MLP or block a model has is read from its `ModelSpec`
 """
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionLayout, Embedding, Linear, Operators, QKNorm, StepAttention
+from engine.kernels import AttentionLayout, Embedding, Linear, Operators, QKNorm, StepAttention, Wanted
 from engine.kv.cache import PagedKVCache
 from engine.models.spec import Activation, LearnedPositions, ModelSpec
 from engine.quant.weights import Weight
@@ -84,54 +84,71 @@ class Decoder:
         assert not parameters, f"not used: {sorted(parameters)}"
 
     def forward(
-        self, token_ids: Tensor, layout: AttentionLayout, cos_sin: Tensor | None, cache: PagedKVCache
+        self,
+        token_ids: Tensor,
+        layout: AttentionLayout,
+        cos_sin: Tensor | None,
+        cache: PagedKVCache,
+        wanted: Wanted | None = None,
     ) -> Tensor:
-        """[T] int64 token ids to [T, hidden] after the final norm; keys and values go to the layout's slots.
+        """[T] int64 token ids to [R, hidden] after the final norm; keys and values go to the layout's slots.
 
+        R are the `wanted` tokens, None being all T; the last layer makes keys and values of the others and no more.
         `cos_sin` is `Rope.cos_sin` of the layout, or None for a model without rotary positions. With projected
-        embeddings the result is [T, embedding_dim], which is what `logits` takes.
+        embeddings the result is [R, embedding_dim], which is what `logits` takes.
         """
         hidden = self._embed(token_ids)
         if self._project_in is not None:
             hidden = self._project_in(hidden)
         if self._position is not None:
             hidden = self._operators.add(hidden, self._position(layout.positions))
+        residual = None
         step = Step(self._operators.attention(layout), cos_sin, cache)
-        hidden = self._run_post(hidden, step) if self.spec.block == "post" else self._run_pre(hidden, step)
+        for index in range(self.spec.layers):
+            q, residual = self._write(index, hidden, residual, step)
+            if wanted is not None and index == self.spec.layers - 1:
+                if not len(wanted.rows):
+                    return hidden.new_empty(0, self.spec.embedding_dim or self.spec.hidden)
+                q, residual = (self._operators.take_rows(values, wanted.rows) for values in (q, residual))
+                step = replace(step, attention=self._operators.attention(wanted.layout))
+            hidden, residual = self._finish(index, q, residual, step)
+        if self._final_norm is not None:
+            hidden, _ = self._final_norm(hidden, residual)
+        elif residual is not None:
+            hidden = self._operators.add(hidden, residual)
         return hidden if self._project_out is None else self._project_out(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden] rows of `forward` to [R, vocab] float32."""
         return self._head(hidden)
 
-    def _run_pre(self, hidden: Tensor, step: Step) -> Tensor:
-        """Pre-norm and parallel blocks; each addition to the residual is left to the next norm, which can fuse it."""
-        residual = None
-        for index, layer in enumerate(self._layers):
+    def _write(self, index: int, hidden: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """A layer up to its keys and values, which it writes; returns the queries and the residual.
+
+        Each addition to the residual is left to the next norm, which can fuse it; None is nothing to add.
+        """
+        layer = self._layers[index]
+        if self.spec.block == "post":
+            normed, residual = hidden, hidden
+        else:
             normed, residual = layer.attention_norm(hidden, residual)
-            attended = self._attend(index, normed, step)
-            if self.spec.block == "parallel":
-                normed, _ = layer.mlp_norm(residual)
-                hidden = self._operators.add(attended, self._mlp(layer, normed))
-            else:
-                normed, residual = layer.mlp_norm(attended, residual)
-                hidden = self._mlp(layer, normed)
-        if self._final_norm is not None:
-            return self._final_norm(hidden, residual)[0]
-        return hidden if residual is None else self._operators.add(hidden, residual)
+        k, v = step.cache.layer(index)
+        return step.attention.write(layer.qkv(normed), step.cos_sin, k, v, layer.qk_norm), residual
 
-    def _run_post(self, hidden: Tensor, step: Step) -> Tensor:
-        for index, layer in enumerate(self._layers):
-            hidden, _ = layer.attention_norm(self._attend(index, hidden, step), hidden)
-            hidden, _ = layer.mlp_norm(self._mlp(layer, hidden), hidden)
-        return hidden if self._final_norm is None else self._final_norm(hidden)[0]
-
-    def _attend(self, index: int, x: Tensor, step: Step) -> Tensor:
+    def _finish(self, index: int, q: Tensor, residual: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """The layer from its queries on; returns what it adds to the residual, and the residual."""
         layer, spec = self._layers[index], self.spec
         k, v = step.cache.layer(index)
-        q = step.attention.write(layer.qkv(x), step.cos_sin, k, v, layer.qk_norm)
         attended = step.attention.attend(q, k, v, scale=spec.scale, window=spec.window(index))
-        return layer.out(attended.view(len(x), -1))
+        attended = layer.out(attended.view(len(q), -1))
+        if spec.block == "post":
+            hidden, _ = layer.attention_norm(attended, residual)
+            return layer.mlp_norm(self._mlp(layer, hidden), hidden)[0], None
+        if spec.block == "parallel":
+            normed, _ = layer.mlp_norm(residual)
+            return self._operators.add(attended, self._mlp(layer, normed)), residual
+        normed, residual = layer.mlp_norm(attended, residual)
+        return self._mlp(layer, normed), residual
 
     def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
         inner = layer.mlp_in(x)

@@ -4,7 +4,6 @@ What is wrong with a directory is a `ModelError`: one line that names the file.
 """
 
 import logging
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from engine.kernels import Operators, ReferenceOperators
 from engine.models.decoder import Decoder
 from engine.models.directory import CONFIG, find_family, find_quantization
 from engine.models.families import Family, UnsupportedConfig
-from engine.models.parameters import Form, read_parameters
+from engine.models.parameters import Form, Parameters
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
 from engine.quant.config import CheckpointFormat, Scheme
-from engine.quant.weights import Weight, weight_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,15 +29,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model's parameters, ready to be taken by a `Decoder`."""
+    """A model and its parameters, ready to be taken by a `Decoder`."""
 
     spec: ModelSpec
-    parameters: MutableMapping[str, Weight]
+    parameters: Parameters
     """Every name of `spec.parameter_shapes()`. The decoder takes them out, so that nothing is held twice."""
     dtype: torch.dtype
     """Of the activations, and of every parameter that is not quantized."""
-    num_bytes: int
-    """Of all parameters."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the parameters that have been read: of all once a decoder has taken them."""
+        return self.parameters.bytes_read
 
 
 def load_spec(path: Path) -> ModelSpec:
@@ -55,13 +56,13 @@ def load_parameters(
     quantization: Scheme | Auto = "auto",
     group: int = 64,
 ) -> LoadedModel:
-    """Loads a model directory to run in `dtype`.
+    """Opens a model directory to run in `dtype`; each parameter is loaded when it is taken.
 
     A `dtype` of "auto" is the checkpoint's, on a CPU bfloat16 in place of float16. A `quantization` of "auto" leaves
     the weights as the checkpoint has them; any other turns full ones into that form as they are read, in groups of
     `group` input channels where they are of 4 bits. For a checkpoint that is quantized already it must be the same,
-    and then turns its dense head into 8 bits too. Memory peaks at the parameters plus about 70 MiB of mapped file.
-    Raises ModelError.
+    and then turns its dense head into 8 bits too. Memory peaks at the parameters that are held plus a slice of some
+    MiB. Raises ModelError, as taking a parameter does.
     """
     family = find_family(path)
     layout = find_quantization(path)
@@ -71,8 +72,8 @@ def load_parameters(
     run_dtype = _run_dtype(dtype, config, path, torch.device(device))
     checkpoint = Checkpoint(path)
     form = Form(run_dtype, device, scheme, group, layout=layout)
-    parameters = read_parameters(checkpoint, spec, family.pieces(spec, checkpoint.names), form)
-    return LoadedModel(spec, parameters, run_dtype, sum(map(weight_bytes, parameters.values())))
+    parameters = Parameters(checkpoint, spec, family.pieces(spec, checkpoint.names), form)
+    return LoadedModel(spec, parameters, run_dtype)
 
 
 def load_model(

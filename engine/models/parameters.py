@@ -2,17 +2,19 @@
 
 Which tensor goes where is a family's knowledge (`Piece`); what the parameters are called and how large they are is the
 spec's; how a quantized layer is spelled is its format's. This puts them together: dense rows are converted, or
-quantized, slice by slice as they are read, and quantized layers that a checkpoint holds apart are merged.
+quantized, slice by slice as they are read, and quantized layers that a checkpoint holds apart are merged. Nothing is
+read before it is asked for: who packs each parameter before the next one never has the model in memory twice.
 """
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.memory import empty
 from engine.models.pieces import Piece, Run
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
@@ -21,7 +23,7 @@ from engine.quant.formats import QuantizedLinear, is_quantized, read_linear, ten
 from engine.quant.merge import Part, Unmergeable, merge
 from engine.quant.plan import GROUPS, Kind, fitting_groups, is_layer_linear, kind_of
 from engine.quant.quantize import QUICK, Int4Rows, Int8Rows
-from engine.quant.weights import Int4Weight, Int8Weight, Weight
+from engine.quant.weights import Int4Weight, Int8Weight, Weight, weight_bytes
 from engine.quant.workers import Workers
 
 _CONSTANT_SUFFIXES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -70,66 +72,113 @@ class DenseRows:
         self.weight[start : start + len(rows)].copy_(rows)
 
 
-def read_parameters(checkpoint: Checkpoint, spec: ModelSpec, pieces: Iterable[Piece], form: Form) -> dict[str, Weight]:
-    """Every parameter of `spec.parameter_shapes()`.
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """Where a parameter comes from, and what is to become of it."""
 
-    Every dense piece is checked before anything is read, so that a wrong checkpoint fails in milliseconds. Raises
-    ModelError.
+    pieces: Sequence[Piece]
+    shape: tuple[int, ...]
+    kind: Kind
+
+
+class Parameters(MutableMapping[str, Weight]):
+    """Every parameter of `spec.parameter_shapes()`, read when it is first asked for.
+
+    What is taken out at once (`pop`) is held by its taker alone; what is looked at stays until it is taken. What is
+    wrong with a dense tensor's shape or dtype is found when this is made, so that a wrong checkpoint fails in
+    milliseconds; what is wrong with values, or with a quantized layer, when it is read. Both raise ModelError.
     """
-    by_target: dict[str, list[Piece]] = {name: [] for name in spec.parameter_shapes()}
-    for piece in pieces:
-        by_target[piece.target].append(piece)
-    _check(checkpoint, spec, by_target, form)
-    _warn_of_unused(checkpoint, by_target, form)
-    shapes = spec.parameter_shapes()
-    with Workers() as workers:
-        parameters = {
-            name: _read_parameter(checkpoint, parts, _rows(form.kind(name, spec), shapes[name], form, workers), form)
-            for name, parts in by_target.items()
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, pieces: Iterable[Piece], form: Form) -> None:
+        by_target: dict[str, list[Piece]] = {name: [] for name in spec.parameter_shapes()}
+        for piece in pieces:
+            by_target[piece.target].append(piece)
+        _check(checkpoint, spec, by_target, form)
+        _warn_of_unused(checkpoint, by_target, form)
+        shapes = spec.parameter_shapes()
+        self._checkpoint = checkpoint
+        self._form = form
+        self._entries: dict[str, Weight | _Unread] = {
+            name: _Unread(parts, shapes[name], form.kind(name, spec)) for name, parts in by_target.items()
         }
-    checkpoint.close()
-    return parameters
+        self.bytes_read = 0
+        """Of all parameters that have been read, as they are held."""
+
+    def __getitem__(self, name: str) -> Weight:
+        entry = self._entries[name]
+        if isinstance(entry, _Unread):
+            entry = self._entries[name] = _read_parameter(self._checkpoint, entry, self._form)
+            self.bytes_read += weight_bytes(entry)
+        return entry
+
+    def __setitem__(self, name: str, weight: Weight) -> None:
+        self._entries[name] = weight
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
-def _read_parameter(checkpoint: Checkpoint, pieces: Sequence[Piece], rows: Rows, form: Form) -> Weight:
+def _read_parameter(checkpoint: Checkpoint, unread: _Unread, form: Form) -> Weight:
     if form.layout is not None:
-        quantized = [_is_quantized(checkpoint, piece, form.layout) for piece in pieces]
+        quantized = [_is_quantized(checkpoint, piece, form.layout) for piece in unread.pieces]
         if all(quantized):
-            return _read_quantized(checkpoint, pieces, rows.weight.shape[0], form.layout, form.device)
+            return _read_quantized(checkpoint, unread.pieces, unread.shape[0], form.layout, form.device)
         if any(quantized):
             raise checkpoint.error(
-                pieces[quantized.index(False)].source,
-                f"is not quantized, yet {pieces[quantized.index(True)].source!r} is; they are one layer here",
+                unread.pieces[quantized.index(False)].source,
+                f"is not quantized, yet {unread.pieces[quantized.index(True)].source!r} is; they are one layer here",
             )
-    if isinstance(rows, DenseRows) or not any(piece.transposed for piece in pieces):
-        _fill(checkpoint, pieces, rows)
-        return rows.weight
-    # A row's scale needs the whole row, and the file's rows are our columns.
-    full = DenseRows(torch.empty(rows.weight.shape, dtype=torch.float32))
-    _fill(checkpoint, pieces, full)
-    rows.put(0, full.weight)
+    if unread.kind == "dense":
+        return _read_dense(checkpoint, unread, form.dtype, form.device)
+    with Workers() as workers:
+        rows = _rows(unread.kind, unread.shape, form, workers)
+        if any(piece.transposed for piece in unread.pieces):
+            # A row's scale needs the whole row, and the file's rows are our columns.
+            rows.put(0, _read_dense(checkpoint, unread, torch.float32, "cpu"))
+        else:
+            for piece in unread.pieces:
+                _fill(checkpoint, piece, rows)
     return rows.weight
 
 
-def _rows(kind: Kind, shape: tuple[int, ...], form: Form, workers: Workers) -> Rows:
-    match kind:
-        case "int8":
-            return Int8Rows.empty(shape, form.device, workers)
-        case "int4":
-            return Int4Rows.empty(shape, form.group, form.shares, form.device, workers)
-        case "dense":
-            return DenseRows(torch.empty(shape, dtype=form.dtype, device=form.device))
+def _rows(kind: Literal["int8", "int4"], shape: tuple[int, ...], form: Form, workers: Workers) -> Rows:
+    if kind == "int8":
+        return Int8Rows.empty(shape, form.device, workers)
+    return Int4Rows.empty(shape, form.group, form.shares, form.device, workers)
 
 
-def _fill(checkpoint: Checkpoint, pieces: Iterable[Piece], rows: Rows) -> None:
-    for piece in pieces:
-        for run in piece.runs:
-            for start, found in checkpoint.row_slices(piece.source, run):
-                if piece.transposed:
-                    assert isinstance(rows, DenseRows)
-                    rows.weight[:, run.target + start :][:, : len(found)].copy_(found.T)
-                else:
-                    rows.put(run.target + start, found)
+def _read_dense(checkpoint: Checkpoint, unread: _Unread, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    weight = empty(unread.shape, dtype, device)
+    for piece in unread.pieces:
+        if piece.transposed:
+            _fill_columns(checkpoint, piece, weight)
+        elif weight.device.type == "cpu" and checkpoint.dtype(piece.source) == dtype:
+            for run in piece.runs:
+                checkpoint.read_into(piece.source, run, weight[run.target : run.target + run.rows])
+        else:
+            _fill(checkpoint, piece, DenseRows(weight))
+    return weight
+
+
+def _fill(checkpoint: Checkpoint, piece: Piece, rows: Rows) -> None:
+    for run in piece.runs:
+        for start, found in checkpoint.row_slices(piece.source, run):
+            rows.put(run.target + start, found)
+
+
+def _fill_columns(checkpoint: Checkpoint, piece: Piece, weight: Tensor) -> None:
+    for run in piece.runs:
+        for start, found in checkpoint.row_slices(piece.source, run):
+            weight[:, run.target + start :][:, : len(found)].copy_(found.T)
 
 
 def _read_quantized(

@@ -1,11 +1,16 @@
 """The tensors of a safetensors checkpoint, row by row or whole, without ever holding a whole file in memory.
 
-Owns reading: memory-mapped files, row slices, and what can be wrong with them. Knows no family and no parameter.
+Owns reading: the files' headers, rows into memory, and what can be wrong with them. Knows no family and no parameter.
+
+Files are read, not mapped: from the page cache a copy costs about what mapping its pages does, but counts only once
+towards the process, and a file that shrinks meanwhile is an error instead of a signal.
 """
 
+import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +23,51 @@ from engine.models.pieces import Run
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_MAPPED_SHARE = 20
-"""A file is mapped anew after this fraction, 1 / _MAPPED_SHARE, of all bytes; within the two bounds that follow."""
-_MIN_MAPPED_BYTES, _MAX_MAPPED_BYTES = 4 * 2**20, 64 * 2**20
-_SLICE_BYTES = 4 * 2**20
+_SLICE_BYTES = 8 * 2**20
+"""Of the file at a time: enough blocks for many threads, and checked and converted while caches still hold it."""
+_LENGTH_BYTES = 8
+"""Of the number, little endian, that a file begins with: the length of the JSON that follows."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of a file, as its header has it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """Offset in the file."""
 
 
 class Checkpoint:
-    """The safetensors files of one directory. Reads rows; never a whole file into memory."""
+    """The safetensors files of one directory. A file is open only while some of it is read."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = _locate(folder)
-        """Tensor name -> its file."""
-        self.origin = folder / (_SINGLE if (folder / _SINGLE).exists() else _INDEX)
+        """Reads the headers. Raises ModelError unless each agrees with its file's length."""
+        self.origin = _origin(folder)
         """The file that says which tensors there are."""
-        self._handle: Any = None
-        self._open_file: Path | None = None
-        self._bytes_read = 0
-        total = sum(file.stat().st_size for file in set(self._files.values()))
-        self._mapped_bytes = min(max(total // _MAPPED_SHARE, _MIN_MAPPED_BYTES), _MAX_MAPPED_BYTES)
+        if self.origin.name == _SINGLE:
+            self._entries = {self.origin: _read_header(self.origin)}
+            self._files = dict.fromkeys(self._entries[self.origin], self.origin)
+            """Tensor name -> its file."""
+        else:
+            self._files = _read_index(self.origin)
+            self._entries = {file: _read_header(file) for file in sorted(set(self._files.values()))}
+        self._idle: list[Tensor] = []
+        """Buffers for slices that nobody iterates over now."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -47,14 +77,14 @@ class Checkpoint:
         """Raises ModelError unless the tensor is there with one of these shapes, if any are given."""
         if name not in self._files:
             raise ModelError(f"{self.origin}: tensor {name!r} is missing; the model's config asks for it")
-        found = tuple(self._slice(name).get_shape())
+        found = self.shape(name)
         if shapes and found not in shapes:
             expected = " or ".join(map(str, shapes))
             raise self.error(name, f"has shape {found}; the config asks for {expected}")
 
     def check_is_float(self, name: str) -> None:
         """Raises ModelError for integers, which are no weights unless the config says in what format."""
-        dtype = self._slice(name).get_dtype()
+        dtype = self._entry(name).dtype
         if dtype not in _FLOATS:
             raise self.error(name, f"holds {dtype}, yet config.json does not declare it as quantized")
 
@@ -62,67 +92,90 @@ class Checkpoint:
         return ModelError(f"{self._files[name]}: tensor {name!r} {reason}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._slice(name)[:0].dtype
+        """Raises ModelError for one that is no number here."""
+        found = self._entry(name).dtype
+        if found not in _DTYPES:
+            raise self.error(name, f"holds {found}, which cannot be read; known are {', '.join(_DTYPES)}")
+        return _DTYPES[found]
 
     def read(self, name: str, *shapes: tuple[int, ...]) -> Tensor:
-        """The whole tensor, as `check` and `row_slices` would have it."""
+        """The whole tensor, as `check` and `read_into` would have it."""
         self.check(name, *shapes)
         shape = self.shape(name)
         if not shape:
             raise self.error(name, "is a single number; expected rows")
-        whole = torch.empty(0)
-        for start, rows in self.row_slices(name, Run(0, 0, shape[0])):
-            if start == 0:
-                whole = torch.empty(shape, dtype=rows.dtype)
-            whole[start : start + len(rows)] = rows
+        whole = torch.empty(shape, dtype=self.dtype(name))
+        self.read_into(name, Run(0, 0, shape[0]), whole)
         return whole
+
+    def read_into(self, name: str, run: Run, rows: Tensor) -> None:
+        """Reads a run into `rows`, its place alone: contiguous, in host memory, of the tensor's own dtype.
+
+        Raises ModelError at a value that is NaN or infinite, and where the file cannot be read.
+        """
+        for _ in self._slices(name, run, lambda start, stop: rows[start:stop]):
+            pass
 
     def row_slices(self, name: str, run: Run) -> Iterator[tuple[int, Tensor]]:
         """Yields (row within the run, rows) in slices of a few MiB. A slice is valid until the next one is taken.
 
-        Pages of a mapped file count as resident once read, so the file is mapped anew now and then: otherwise loading
-        would peak at twice the weights. Raises ModelError at a value that is NaN or infinite.
+        Raises ModelError as `read_into` does.
         """
-        shape = self._slice(name).get_shape()
-        row_elements = max(1, int(torch.Size(shape[1:]).numel()))
-        step = max(1, _SLICE_BYTES // (4 * row_elements))
-        for start in range(0, run.rows, step):
-            stop = min(start + step, run.rows)
-            rows = self._slice(name)[run.source + start : run.source + stop]
-            if not _is_finite(rows):
-                bad = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1).logical_not().nonzero()
-                raise self.error(name, f"is NaN or infinite in row {run.source + start + int(bad[0])}")
-            self._bytes_read += rows.numel() * rows.element_size()
-            yield start, rows
-            del rows
-            if self._bytes_read >= self._mapped_bytes:
-                self.close()
-
-    def close(self) -> None:
-        self._handle = self._open_file = None
-        self._bytes_read = 0
-
-    def _slice(self, name: str) -> Any:
-        file = self._files[name]
-        if file != self._open_file:
-            self.close()
-            self._handle, self._open_file = _open(file), file
+        shape, dtype = self.shape(name)[1:], self.dtype(name)
+        num_bytes = self._rows_at_once(name) * _row_bytes(shape, dtype)
+        buffer = self._idle.pop() if self._idle else torch.empty(0, dtype=torch.uint8)
+        if len(buffer) < num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        held = buffer[:num_bytes].view(dtype).view(-1, *shape)
         try:
-            return self._handle.get_slice(name)
-        except SafetensorError as error:
-            raise ModelError(f"{file}: tensor {name!r} is missing, though {_INDEX} places it here") from error
+            yield from self._slices(name, run, lambda start, stop: held[: stop - start])
+        finally:
+            self._idle.append(buffer)
+
+    def _slices(self, name: str, run: Run, place: Callable[[int, int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Reads each slice [start, stop) of a run to its place; yields (start, rows there)."""
+        entry = self._entry(name)
+        row_bytes, step = _row_bytes(entry.shape[1:], self.dtype(name)), self._rows_at_once(name)
+        with _open(self._files[name]) as file:
+            file.seek(entry.begin + run.source * row_bytes)
+            for start in range(0, run.rows, step):
+                rows = place(start, min(start + step, run.rows))
+                self._fill(name, file, rows)
+                if not _is_finite(rows):
+                    bad = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1).logical_not().nonzero()
+                    raise self.error(name, f"is NaN or infinite in row {run.source + start + int(bad[0])}")
+                yield start, rows
+
+    def _fill(self, name: str, file: io.FileIO, rows: Tensor) -> None:
+        left = rows.flatten().view(torch.uint8).numpy().data
+        while left:
+            try:
+                count = file.readinto(left)
+            except OSError as error:
+                raise self.error(name, f"cannot be read ({error})") from error
+            if not count:
+                raise self.error(name, "is cut off: the file has become shorter; copy it again")
+            left = left[count:]
+
+    def _rows_at_once(self, name: str) -> int:
+        shape = self.shape(name)
+        return min(max(1, _SLICE_BYTES // max(1, _row_bytes(shape[1:], self.dtype(name)))), shape[0])
+
+    def _entry(self, name: str) -> _Entry:
+        file = self._files[name]
+        entry = self._entries[file].get(name)
+        if entry is None:
+            raise ModelError(f"{file}: tensor {name!r} is missing, though {_INDEX} places it here")
+        return entry
 
 
-def _locate(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor; every file's header has been read and agrees with the file's length."""
-    single, index = folder / _SINGLE, folder / _INDEX
-    if single.exists():
-        return dict.fromkeys(_open(single).keys(), single)
-    if index.exists():
-        return _read_index(index)
+def _origin(folder: Path) -> Path:
+    for name in (_SINGLE, _INDEX):
+        if (folder / name).exists():
+            return folder / name
     raise ModelError(_nothing_to_load(folder))
 
 
@@ -135,17 +188,37 @@ def _read_index(index: Path) -> dict[str, Path]:
     for file in sorted(set(files.values())):
         if not file.exists():
             raise ModelError(f"{file}: shard is missing, though {_INDEX} names it; download or copy it again")
-        _open(file)
     return files
 
 
-def _open(file: Path) -> Any:
+def _read_header(file: Path) -> dict[str, _Entry]:
     try:
-        return safe_open(str(file), framework="pt", device="cpu")
+        with safe_open(str(file), framework="pt", device="cpu"):
+            pass  # The library's own reader checks every offset and the file's length.
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{file}: not a complete safetensors file ({error}); it may be truncated: download or copy it again"
         ) from error
+    with _open(file) as opened:
+        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    begin = _LENGTH_BYTES + length
+    return {
+        name: _Entry(tensor["dtype"], tuple(tensor["shape"]), begin + tensor["data_offsets"][0])
+        for name, tensor in header.items()
+    }
+
+
+def _open(file: Path) -> io.FileIO:
+    try:
+        return io.FileIO(file)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error})") from error
+
+
+def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 def _is_finite(rows: Tensor) -> bool:

@@ -19,6 +19,7 @@ from engine.quant.weights import Int4Weight, Int8Weight
 NIBBLES = 8
 """Of one word."""
 _SYMMETRIC_ZERO = 8
+_ONE_IN_EVERY_NIBBLE = 0x11111111
 _AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of an AWQ word holds each of its eight output channels."""
 
@@ -82,8 +83,9 @@ def _read_gptq(layout: Gptq, source: TensorSource, linear: QuantizedLinear) -> I
     packed = _octets(words)[:, : linear.columns // 2].contiguous()
     scale = source.read(linear.tensor("scales"), (groups, linear.rows)).to(torch.float32).T.contiguous()
     stored = _words(source, linear, "qzeros", (groups, _num_words(linear.rows)))
-    # Writers of the first version stored zero - 1 in four bits, so that 15 stands for 0.
-    zero = (_unpack(stored)[:, : linear.rows] + layout.zero_offset) & 15
+    # Writers of the first version take 1 from every nibble of a word at once, so that a zero point of 0 borrows from
+    # the next one: only the whole word gives it back.
+    zero = _unpack(stored + layout.zero_offset * _ONE_IN_EVERY_NIBBLE)[:, : linear.rows]
     return _weight(source, linear, packed, scale, zero.T.contiguous(), "g_idx")
 
 

@@ -40,7 +40,8 @@ def load_forward(path: Path, formats: NumberFormats, max_tokens: int) -> Forward
     loaded = load_parameters(path, formats.dtype, quantization=formats.quantization, group=formats.group)
     decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
     kv_dtype = torch.int8 if formats.kv == "int8" else loaded.dtype
-    return backend.forward(decoder, PagedKVCache(loaded.spec, pages_of(max_tokens), PAGE_TOKENS, kv_dtype))
+    cache = PagedKVCache(loaded.spec, pages_of(max_tokens), PAGE_TOKENS, kv_dtype, layout=backend.kv_layout)
+    return backend.forward(decoder, cache)
 
 
 def _backend(formats: NumberFormats, max_tokens: int) -> Backend:

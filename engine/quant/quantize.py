@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.memory import empty
 from engine.quant.weights import Int4Weight, Int8Weight
 from engine.quant.workers import Workers
 
@@ -34,7 +35,7 @@ class Int8Rows:
     def empty(shape: tuple[int, ...], device: torch.device | str = "cpu", workers: Workers | None = None) -> "Int8Rows":
         """`shape` is [out, in]."""
         rows, columns = shape
-        values = torch.empty((rows, columns), dtype=torch.int8, device=device)
+        values = empty((rows, columns), torch.int8, device)
         return Int8Rows(Int8Weight(values, torch.empty(rows, dtype=torch.float32, device=device)), workers)
 
     def put(self, start: int, rows: Tensor) -> None:
@@ -70,9 +71,9 @@ class Int4Rows:
         assert columns % group == 0 and group % 2 == 0, f"{columns} columns in groups of {group}"
         groups = (rows, columns // group)
         weight = Int4Weight(
-            packed=torch.empty((rows, columns // 2), dtype=torch.uint8, device=device),
-            scale=torch.empty(groups, dtype=torch.float32, device=device),
-            zero=torch.empty(groups, dtype=torch.uint8, device=device),
+            packed=empty((rows, columns // 2), torch.uint8, device),
+            scale=empty(groups, torch.float32, device),
+            zero=empty(groups, torch.uint8, device),
         )
         return Int4Rows(weight, shares, workers)
 

@@ -18,7 +18,7 @@ BLOCK = 64
 class Reductions(Protocol):
     """Over rows of float32 logits. A row's results do not depend on the rows beside it."""
 
-    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def largest(self, x: Tensor) -> tuple[list[float], list[int]]:
         """See `largest`."""
 
     def k_largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -28,17 +28,13 @@ class Reductions(Protocol):
         """See `log_sum_exp`."""
 
 
-def largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value of each row and the lowest id that has it: [R, V] -> values [R], ids [R] int64.
+def largest(x: Tensor) -> tuple[list[float], list[int]]:
+    """The largest value of each row and the lowest id that has it: [R, V] -> R values, R ids.
 
     The value is NaN where the row has a NaN anywhere, so a test of it is a test of the row for NaN and +inf.
     """
-    # argmax returns the first of equal maxima: documented by torch, and true of the blocks and inside one.
-    block = _block_maxima(x).argmax(-1, keepdim=True)
-    ids = _tokens_of(block, x.shape[1])
-    values = x.gather(1, ids)
-    inside = values.argmax(-1, keepdim=True)
-    return values.gather(1, inside).squeeze(1), ids.gather(1, inside).squeeze(1)
+    values, ids = _largest(x)
+    return values.tolist(), ids.tolist()
 
 
 def k_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +60,7 @@ def k_largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def log_sum_exp(x: Tensor) -> Tensor:
     """Logarithm of each row's sum of exponentials: [R, V] -> [R] float64, equal to the last bit in any batch."""
-    best = largest(x)[0][:, None]
+    best = _largest(x)[0][:, None]
     weights = x.new_zeros(len(x), padded_length(x.shape[1]))
     torch.sub(x, best, out=weights[:, : x.shape[1]]).exp_()
     return best.squeeze(1).double() + block_total(weights).squeeze(1).log()
@@ -101,6 +97,16 @@ def block_total(weights: Tensor) -> Tensor:
 def padded_length(vocabulary: int) -> int:
     """The vocabulary rounded up to whole blocks."""
     return -(-vocabulary // BLOCK) * BLOCK
+
+
+def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`largest` where `x` is: values [R], ids [R] int64."""
+    # argmax returns the first of equal maxima: documented by torch, and true of the blocks and inside one.
+    block = _block_maxima(x).argmax(-1, keepdim=True)
+    ids = _tokens_of(block, x.shape[1])
+    values = x.gather(1, ids)
+    inside = values.argmax(-1, keepdim=True)
+    return values.gather(1, inside).squeeze(1), ids.gather(1, inside).squeeze(1)
 
 
 def _search(cumulative: Tensor, target: Tensor) -> Tensor:

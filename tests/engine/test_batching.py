@@ -12,10 +12,11 @@ from engine.batch import Batch
 from engine.config import SchedulerConfig
 from engine.engine import Engine
 from engine.kv.pages import PagePool
+from engine.lanes import Lanes
 from engine.limits import Limits
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import Request
+from engine.sequence import Order, Request, Sequence
 from tests.engine.fakes import VOCAB, LedgerRunner, PipelinedExecutor, run_to_end
 from tests.engine.plain_batch import assert_same, plain_batch
 
@@ -105,6 +106,22 @@ def test_more_sequences_and_longer_ones_than_there_was_room_for_at_first() -> No
     run_to_end(engine)
     assert max(batch.num_sequences for batch, _ in scheduler.batches) == 40
     assert max(batch.page_table.shape[1] for batch, _ in scheduler.batches) > 16
+
+
+def test_sequences_that_were_preempted_are_found_in_their_new_lanes() -> None:
+    lanes, params = Lanes(PAGE_TOKENS), SamplingParams()
+    sequences = [
+        Sequence(number, Request(str(number), (number,), params), Order(0, number, 0), 0, frozenset(), 4, [number])
+        for number in range(2)
+    ]
+    for _ in range(2):
+        for sequence in sequences:
+            lanes.enter(sequence)
+        group = lanes.group(sequences)
+        assert lanes.last_token[group.lanes].tolist() == [0, 1]
+        assert lanes.group(list(sequences)) is group
+        for sequence in sequences:
+            lanes.leave(sequence)
 
 
 @pytest.mark.parametrize("wishes", [{}, {"repetition_penalty": 1.5, "logprobs": 2, "prompt_logprobs": 1}])

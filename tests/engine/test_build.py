@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.build import build_engine
+from engine.build import assemble, build_engine
 from engine.config import EngineConfig, KVConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import ModelError
@@ -179,6 +179,25 @@ def test_a_model_that_the_kernels_do_not_know_runs_in_torch_and_says_so_once(
         "heads of 12 values have no C kernels (multiples of 8 up to 256 have); the slower reference kernels run"
     ]
     run(engine, [Request("r", (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True))])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kv_dtype", "held"),
+    [("auto", "auto", torch.float32), ("w8a8", "auto", torch.int8), ("w4a16", "model", torch.float32)],
+)
+def test_keys_and_values_follow_the_weights_into_8_bits(
+    model: Path, quantization: str, kv_dtype: str, held: torch.dtype
+) -> None:
+    config = EngineConfig(
+        model=str(model),
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        quantization=quantization,
+        quantization_group=32,
+        kv=KVConfig(memory=64 * PAGE_BYTES, dtype=kv_dtype),
+    )
+    assert assemble(config).kv_dtype == held
 
 
 @pytest.mark.parametrize("quantization", ["w8a8", "w4a16"])

@@ -290,10 +290,10 @@ class SortingReductions:
     def __init__(self) -> None:
         self.calls: set[str] = set()
 
-    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def largest(self, x: Tensor) -> tuple[list[float], list[int]]:
         self.calls.add("largest")
         values, ids = x.sort(dim=-1, descending=True, stable=True)
-        return values[:, 0], ids[:, 0]
+        return values[:, 0].tolist(), ids[:, 0].tolist()
 
     def k_largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         self.calls.add("k_largest")

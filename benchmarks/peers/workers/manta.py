@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import engine as _spinning  # noqa: F401  Bounds the spinning of threads; has to come before torch.
-from engine.build import build_engine
+from engine.build import assemble
 from engine.config import EngineConfig, KVConfig, Quantization
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
@@ -23,8 +23,11 @@ class Manta:
             quantization=_QUANTIZATION[load.format],
             kv=KVConfig(memory=load.kv_bytes),
         )
-        self.weight_bytes = bytes_of_files(load.model, ".safetensors")
-        self._engine = build_engine(config)
+        assembly = assemble(config)
+        self._engine = assembly.engine
+        # Weights that are not quantized are what the file holds, and the other engines are measured by their files.
+        is_full = config.quantization == "auto"
+        self.weight_bytes = bytes_of_files(load.model, ".safetensors") if is_full else assembly.weight_bytes
 
     def prepare(self, items: Sequence[Item]) -> None:
         pass

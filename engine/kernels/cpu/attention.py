@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.kernels.cpu.library import DTYPES
 from engine.kernels.cpu.program import StepArrays, Target
 from engine.kernels.operators import AttentionLayout, QKNorm
-from engine.kv.cache import KVPages
+from engine.kv.cache import WORD_TOKENS, KVPages
 
 LARGEST_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
@@ -92,8 +92,9 @@ class _Pages(NamedTuple):
 
     @staticmethod
     def of(k: KVPages, v: KVPages, dtype: torch.dtype, page_tokens: int) -> "_Pages":
-        """Raises ValueError for a cache that the kernels cannot read."""
-        _, tokens, kv_heads, head_dim = k.values.shape
+        """Of a cache of words. Raises ValueError for one that the kernels cannot read."""
+        _, kv_heads, words, tokens, items = k.values.shape
+        head_dim = words * items
         stored = torch.int8 if k.scales is not None else dtype
         if dtype not in DTYPES or k.values.dtype != stored:
             raise ValueError(f"attention of {dtype} over a cache of {k.values.dtype}: no kernel for it")
@@ -101,7 +102,8 @@ class _Pages(NamedTuple):
             raise ValueError(
                 f"heads of {head_dim} values: a multiple of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM} is needed"
             )
-        assert tokens == page_tokens
+        assert tokens == page_tokens and tokens % WORD_TOKENS == 0
+        assert v.values.shape[1:] == (kv_heads, tokens // items, head_dim, items)
         page_stride = k.values.stride(0) * k.values.element_size()
         for values, scales in (k, v):
             assert values[0].is_contiguous()

@@ -31,9 +31,15 @@ from engine.machine import available_cores
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
+NUM_KEPT = 32
+"""Libraries that stay in the cache. Not one: machines with other CPUs may share it, each with a version or two."""
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _MESSAGE_CHARACTERS = 1000
+_KEPT_NAME = re.compile(r"[0-9a-f]{32}\.so")
+_ASIDE_NAME = re.compile(r"\.[0-9a-f]{32}\.so\.\d+\.\d+")
+_SETTLED_S = 3600.0
+"""Age of a file that nobody is still writing, or has just written and is about to load."""
 _OPENMP = re.compile(r"(/.*/lib(?:gomp|omp|iomp5)\b[^/]*\.so[^/]*)$", re.MULTILINE)
 
 
@@ -65,7 +71,10 @@ def compile_library(march: str = "native", *, folder: Path | None = None, source
         made = _build(recipe, Path(made_in), began + TIMEOUT_S)
         path = _keep(made, kept)
         log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, path)
-        return _load(path)
+        library = _load(path)
+    if path == kept:
+        _remove_old(kept.parent)
+    return library
 
 
 @dataclass(frozen=True)
@@ -204,9 +213,12 @@ def _load_kept(path: Path) -> Library | None:
         # A damaged file could be loaded and crash later, so its digest is kept behind the part that the loader reads.
         if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
             return None
-        return _load(path)
+        library = _load(path)
     except (OSError, CompileError):
         return None
+    with contextlib.suppress(OSError):  # The time of the last use, which tells what to keep.
+        os.utime(path)
+    return library
 
 
 def _keep(made: Path, kept: Path) -> Path:
@@ -228,6 +240,33 @@ def _keep(made: Path, kept: Path) -> Path:
         log.warning("the compiled kernels cannot be kept, so every start compiles them again: %s", error)
         return made
     return kept
+
+
+def _remove_old(folder: Path) -> None:
+    """Leaves the `NUM_KEPT` libraries that were used last, and nothing that an interrupted compilation has left.
+
+    Harmless to other processes: what they have loaded stays until they end, and what they miss they compile again.
+    """
+    used: list[tuple[float, Path]] = []
+    settled = time.time() - _SETTLED_S
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            last = _last_use(path)
+            if _KEPT_NAME.fullmatch(path.name):
+                used.append((last, path))
+            elif _ASIDE_NAME.fullmatch(path.name) and last < settled:
+                path.unlink(missing_ok=True)
+        for last, path in sorted(used, reverse=True)[NUM_KEPT:]:
+            if last < settled:
+                path.unlink(missing_ok=True)
+
+
+def _last_use(path: Path) -> float:
+    """Seconds since the epoch; 0 for a file that another process has removed."""
+    try:
+        return path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _load(path: Path) -> Library:

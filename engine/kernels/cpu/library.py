@@ -7,6 +7,7 @@ import ctypes
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,19 @@ class Operation:
     arguments: type[ctypes.Structure]
 
 
+class Axis(IntEnum):
+    """`enum axis` of program.c: which of a program's two steps an operation runs on."""
+
+    TOKENS = 0
+    """That of all tokens."""
+    ROWS = 1
+    """That of the tokens whose results are wanted."""
+
+
 class Call(ctypes.Structure):
     """`struct operation` of program.c."""
 
-    _fields_ = (("run", ctypes.c_void_p), ("args", ctypes.c_void_p))
+    _fields_ = (("run", ctypes.c_void_p), ("args", ctypes.c_void_p), ("axis", ctypes.c_int64))
 
 
 class Library:
@@ -59,16 +69,26 @@ class Library:
             ctypes.POINTER(Call),
             ctypes.c_int64,
             ctypes.POINTER(step_type()),
+            ctypes.POINTER(step_type()),
             ctypes.c_int64,
             ctypes.c_void_p,
             ctypes.c_void_p,
         ]
 
     def run(
-        self, calls: "ctypes.Array[Call]", step: ctypes.Structure, threads: int, taken: int, seconds: int | None = None
+        self,
+        calls: "ctypes.Array[Call]",
+        step: ctypes.Structure,
+        rows: ctypes.Structure,
+        threads: int,
+        taken: int,
+        seconds: int | None = None,
     ) -> None:
-        """Runs the calls in order. `taken` is the address of one int64 and `seconds` of one double for each call."""
-        self._run(calls, len(calls), step, threads, taken, seconds)
+        """Runs the calls in order, each on the step of its axis.
+
+        `taken` is the address of one int64 and `seconds` of one double for each call.
+        """
+        self._run(calls, len(calls), step, rows, threads, taken, seconds)
 
     def function(self, name: str) -> Any:
         """A function that is no operation, such as one that packs weights; the caller sets its argument types."""

@@ -8,11 +8,12 @@ from engine.kernels.cpu.library import ACTIVATIONS, DTYPES
 from engine.kernels.cpu.linear import PackedLinear, pack_linear
 from engine.kernels.cpu.program import Field, StepArrays, Target
 from engine.kernels.operators import AttentionLayout, Embedding, Linear
+from engine.kv.cache import WORD_TOKENS
 from engine.models.spec import Activation
 from engine.quant.weights import Weight
 
 
-def missing_kernel(dtype: torch.dtype, head_dim: int) -> str | None:
+def missing_kernel(dtype: torch.dtype, head_dim: int, page_tokens: int) -> str | None:
     """Why a model cannot run on these operators; None if it can."""
     if dtype not in DTYPES:
         return f"{str(dtype).removeprefix('torch.')} has no C kernels (bfloat16 and float32 have)"
@@ -20,6 +21,8 @@ def missing_kernel(dtype: torch.dtype, head_dim: int) -> str | None:
         return (
             f"heads of {head_dim} values have no C kernels (multiples of {HEAD_DIM_STEP} up to {LARGEST_HEAD_DIM} have)"
         )
+    if page_tokens % WORD_TOKENS:
+        return f"KV pages of {page_tokens} tokens have no C kernels (multiples of {WORD_TOKENS} have)"
     return None
 
 
@@ -49,6 +52,19 @@ class CpuOperators:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         y = self._like(a)
         self._target.emit("add", _rows(a), a=a, b=b, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype])
+        return y
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        assert x[0].is_contiguous(), "the values of a row are neighbours"
+        y = self._target.empty(len(rows), *x.shape[1:], dtype=x.dtype)
+        self._target.emit(
+            "take_rows",
+            StepArrays(len(rows), rows=rows),
+            x=x,
+            x_stride=x.stride(0) * x.element_size(),
+            row_bytes=x[0].nbytes,
+            y=y,
+        )
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

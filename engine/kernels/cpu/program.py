@@ -6,6 +6,9 @@ that Python and the start of as many parallel regions cost more than the arithme
 them get places in one block of memory by their lifetimes; and from then on a step is one call to C without the GIL. It
 is to the CPU what a CUDA graph is to a GPU, except that any number of tokens up to the capacity can run.
 
+A program's operations run on all tokens of a step until one takes the rows of those that are wanted: what is made from
+these is on them alone.
+
 Knows no model and no operator: both come as callables.
 """
 
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.arena import ALIGNMENT, Lifetime, plan_arena
-from engine.kernels.cpu.library import Call, Library, field_names, step_type
+from engine.kernels.cpu.library import Axis, Call, Library, field_names, step_type
 from engine.kernels.operators import AttentionLayout
 
 Field = int | float | Tensor | None
@@ -35,10 +38,15 @@ class StepArrays:
         token_ids: Tensor | None = None,
         layout: AttentionLayout | None = None,
         cos_sin: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> None:
+        """`rows` are `Wanted.rows`, for a step of wanted tokens; on `meta`, any such step may come."""
         self.struct = step_type()()
         self.struct.tokens = tokens
-        self._kept = (token_ids, layout, cos_sin)
+        self._kept = (token_ids, layout, cos_sin, rows)
+        self.takes_rows = rows is not None
+        if rows is not None and not rows.is_meta:
+            self.struct.rows = rows.data_ptr()
         if token_ids is not None:
             self.struct.token_ids = token_ids.data_ptr()
         if cos_sin is not None:
@@ -89,8 +97,8 @@ class Immediate:
     def emit(self, name: str, step: StepArrays, **fields: Field) -> None:
         operation = self.library.operations[name]
         arguments = _arguments(operation.arguments, fields, _address)
-        calls = (Call * 1)(Call(operation.address, ctypes.addressof(arguments)))
-        self.library.run(calls, step.struct, self.threads, self._taken.data_ptr())
+        calls = (Call * 1)(Call(operation.address, ctypes.addressof(arguments), Axis.TOKENS))
+        self.library.run(calls, step.struct, step.struct, self.threads, self._taken.data_ptr())
 
     def call(self, name: str, function: TorchFunction, *values: Tensor) -> None:
         function(*values)
@@ -101,6 +109,7 @@ class Note(NamedTuple):
 
     name: str
     fields: Mapping[str, Field]
+    axis: Axis
     function: TorchFunction | None = None
     """For a call of torch; its values are the fields, in order."""
 
@@ -115,7 +124,11 @@ class Recorder:
         self.capacity = capacity
         self.token_ids = torch.empty(capacity, dtype=torch.int64, device="meta")
         self.positions = torch.empty(capacity, dtype=torch.int64, device="meta")
+        self.rows = torch.empty(capacity, dtype=torch.int64, device="meta")
+        """`Wanted.rows` of a step."""
         self._notes: list[Note] = []
+        self._axes: dict[int, Axis] = {}
+        """Of each value, by the identity of its storage."""
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -124,10 +137,10 @@ class Recorder:
         return ids is self.positions
 
     def emit(self, name: str, step: StepArrays, **fields: Field) -> None:
-        self._notes.append(Note(name, fields))
+        self._note(name, fields, takes_rows=step.takes_rows)
 
     def call(self, name: str, function: TorchFunction, *values: Tensor) -> None:
-        self._notes.append(Note(name, dict(zip(map(str, range(len(values))), values, strict=True)), function))
+        self._note(name, dict(zip(map(str, range(len(values))), values, strict=True)), function)
 
     def program(self, result: Tensor, inputs: tuple[Tensor, ...] = ()) -> "Program":
         """The program of everything noted since the last one; a run returns `result`.
@@ -135,6 +148,7 @@ class Recorder:
         `inputs` are values that the caller fills before a run.
         """
         notes, self._notes = self._notes, []
+        axes, self._axes = self._axes, {}
         memory = _Memory(_lifetimes(notes, result, inputs))
         parts: list[_Calls | _TorchCall] = []
         for is_torch, group in groupby(enumerate(notes), key=lambda item: item[1].function is not None):
@@ -142,7 +156,20 @@ class Recorder:
                 parts += [_TorchCall(index, note, memory) for index, note in group]
             else:
                 parts.append(_Calls(list(group), self.library, self.threads, memory))
-        return Program(notes, parts, tuple(memory.tensor(value) for value in inputs), memory.tensor(result))
+        axis = axes[_storage(result)]
+        return Program(notes, parts, tuple(memory.tensor(value) for value in inputs), memory.tensor(result), axis)
+
+    def _note(
+        self, name: str, fields: Mapping[str, Field], function: TorchFunction | None = None, *, takes_rows: bool = False
+    ) -> None:
+        """Notes an operation on the axis of the values that it is given; those that it makes are on this axis too."""
+        values = {_storage(field) for field in fields.values() if isinstance(field, Tensor) and field.is_meta}
+        known = {self._axes[value] for value in values if value in self._axes}
+        axis = Axis.ROWS if takes_rows or Axis.ROWS in known else Axis.TOKENS
+        if not takes_rows and known > {axis}:
+            raise ValueError(f"{name}: some values are of all tokens and some of the wanted ones; take their rows too")
+        self._axes |= dict.fromkeys(values - self._axes.keys(), axis)
+        self._notes.append(Note(name, fields, axis, function))
 
 
 class _Calls:
@@ -161,15 +188,15 @@ class _Calls:
         ]
         self._calls = (Call * len(notes))(
             *(
-                Call(operation.address, ctypes.addressof(arguments))
-                for operation, arguments in zip(operations, self._arguments, strict=True)
+                Call(operation.address, ctypes.addressof(arguments), note.axis)
+                for operation, arguments, (_, note) in zip(operations, self._arguments, notes, strict=True)
             )
         )
         self._taken = torch.zeros(len(notes), dtype=torch.int64)
 
-    def run(self, step: StepArrays, seconds: Tensor | None) -> None:
+    def run(self, step: StepArrays, rows: StepArrays, seconds: Tensor | None) -> None:
         address = None if seconds is None else seconds[self._first :].data_ptr()
-        self._library.run(self._calls, step.struct, self._threads, self._taken.data_ptr(), address)
+        self._library.run(self._calls, step.struct, rows.struct, self._threads, self._taken.data_ptr(), address)
 
 
 class _TorchCall:
@@ -179,11 +206,13 @@ class _TorchCall:
         assert note.function is not None
         self._index = index
         self._function = note.function
+        self._axis = note.axis
         self._values = [memory.tensor(field) for field in note.fields.values() if isinstance(field, Tensor)]
 
-    def run(self, step: StepArrays, seconds: Tensor | None) -> None:
+    def run(self, step: StepArrays, rows: StepArrays, seconds: Tensor | None) -> None:
         begin = time.perf_counter()
-        self._function(*(value[: step.struct.tokens] for value in self._values))
+        count = (step, rows)[self._axis].struct.tokens
+        self._function(*(value[:count] for value in self._values))
         if seconds is not None:
             seconds[self._index] += time.perf_counter() - begin
 
@@ -209,7 +238,7 @@ class _Memory:
 
     def _offset(self, value: Tensor) -> int:
         inside = int(value.storage_offset()) * value.element_size()
-        return self._offsets[value.untyped_storage()._cdata] + inside
+        return self._offsets[_storage(value)] + inside
 
 
 def _lifetimes(notes: Sequence[Note], result: Tensor, inputs: Sequence[Tensor]) -> dict[int, Lifetime]:
@@ -219,9 +248,9 @@ def _lifetimes(notes: Sequence[Note], result: Tensor, inputs: Sequence[Tensor]) 
     for index, fields in enumerate(used):
         for value in fields:
             if isinstance(value, Tensor) and value.is_meta:
-                storage = value.untyped_storage()
-                first = lifetimes[storage._cdata].first if storage._cdata in lifetimes else index
-                lifetimes[storage._cdata] = Lifetime(storage.nbytes(), first, index)
+                storage = _storage(value)
+                first = lifetimes[storage].first if storage in lifetimes else index
+                lifetimes[storage] = Lifetime(value.untyped_storage().nbytes(), first, index)
     return lifetimes
 
 
@@ -229,8 +258,14 @@ class Program:
     """A recorded list of operations with all of its memory."""
 
     def __init__(
-        self, notes: list[Note], parts: "list[_Calls | _TorchCall]", inputs: tuple[Tensor, ...], output: Tensor
+        self,
+        notes: list[Note],
+        parts: "list[_Calls | _TorchCall]",
+        inputs: tuple[Tensor, ...],
+        output: Tensor,
+        axis: Axis,
     ) -> None:
+        """`axis` is that of the result."""
         self.notes = notes
         self.inputs = inputs
         """[capacity, ...] values to fill before a run."""
@@ -239,25 +274,35 @@ class Program:
         self.seconds: Tensor | None = None
         """[operations] float64, increased by every run by the time of each operation; None where nobody asked."""
         self._parts = parts
+        self._axis = axis
 
     @property
     def capacity(self) -> int:
         """Rows of a step at most."""
         return len(self.output)
 
-    def run(self, step: StepArrays) -> Tensor:
-        """Runs the step; returns the result's first `tokens` rows, valid until the next run."""
-        tokens = step.struct.tokens
+    def run(self, step: StepArrays, rows: StepArrays | None = None) -> Tensor:
+        """Runs the step; returns the result's first rows, one for each token, valid until the next run.
+
+        `rows` is the step of the wanted tokens, and the result of a program that takes rows is theirs; None: all are.
+        """
+        rows = rows or step
+        tokens = max(step.struct.tokens, rows.struct.tokens)
         if tokens > self.capacity:
             raise ValueError(f"{tokens} tokens in a step; the program was made for at most {self.capacity}")
         for part in self._parts:
-            part.run(step, self.seconds)
-        return self.output[:tokens]
+            part.run(step, rows, self.seconds)
+        return self.output[: (step, rows)[self._axis].struct.tokens]
 
     def time_operations(self) -> Tensor:
         """From now on runs keep the time of each operation, from zero; returns where: [operations] float64."""
         self.seconds = torch.zeros(len(self.notes), dtype=torch.float64)
         return self.seconds
+
+
+def _storage(value: Tensor) -> int:
+    """What identifies a value: its views have the same."""
+    return int(value.untyped_storage()._cdata)
 
 
 def _address(value: Tensor) -> int:

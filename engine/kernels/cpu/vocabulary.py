@@ -35,14 +35,15 @@ class CpuReductions:
         self._log_sum_exp = library.function("log_sum_exp_of_rows")
         self._log_sum_exp.argtypes, self._log_sum_exp.restype = [logits, integer, address], None
 
-    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest value of each row and the lowest id that has it: values [R] float32, ids [R] int64.
+    def largest(self, x: Tensor) -> tuple[list[float], list[int]]:
+        """The largest value of each row and the lowest id that has it: R values, R ids.
 
         The value is NaN where the row has a NaN anywhere, and the id is that of one.
         """
-        values, ids = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int64)
-        self._largest(_logits(x), self._threads, values.data_ptr(), ids.data_ptr())
-        return values, ids
+        logits = _logits(x)
+        values, ids = (ctypes.c_float * logits.rows)(), (ctypes.c_int64 * logits.rows)()
+        self._largest(logits, self._threads, values, ids)
+        return values[:], ids[:]
 
     def k_largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The `k` largest values of each row, largest first, equal values by rising id: values, ids [R, k].
@@ -64,9 +65,10 @@ class CpuReductions:
 
 
 def _logits(x: Tensor) -> _Logits:
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 2 or x.stride(1) != 1 or x.shape[1] < 1:
+    shape, strides = x.shape, x.stride()
+    if x.dtype != torch.float32 or not x.is_cpu or len(shape) != 2 or strides[1] != 1 or shape[1] < 1:
         raise ValueError(
             f"expected [rows, vocabulary] float32 in memory with neighbouring tokens side by side, "
-            f"got {list(x.shape)} {x.dtype} on {x.device}, strides {x.stride()}"
+            f"got {list(shape)} {x.dtype} on {x.device}, strides {strides}"
         )
-    return _Logits(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0))
+    return _Logits(x.data_ptr(), shape[0], shape[1], strides[0])

@@ -13,7 +13,7 @@ from engine.kernels.cuda.fused import Fused, TorchFused
 from engine.kernels.cuda.graphs import CudaRecorder
 from engine.kernels.cuda.linear import fp8_obstacle
 from engine.kernels.cuda.operators import CudaOperators
-from engine.kv.cache import PagedKVCache
+from engine.kv.cache import KVLayout, PagedKVCache
 from engine.models.decoder import Decoder
 
 PAGE_TOKENS = PAGE_MULTIPLE
@@ -24,6 +24,8 @@ SPARE_PAGES = 1
 
 class CudaBackend:
     """`engine.forward.Backend` for bfloat16 and float16 on one GPU."""
+
+    kv_layout = KVLayout.ROWS
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.forward import cos_sin, make_rope, opened_pages
-from engine.kernels import AttentionLayout
+from engine.kernels import AttentionLayout, Wanted
 from engine.kernels.cuda.attention import flash_obstacle
 from engine.kernels.cuda.graphs import DecodeGraphs, Record
 from engine.kernels.cuda.inputs import DecodeInputs, upload
@@ -49,21 +49,25 @@ class CudaForward:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
+    @torch.inference_mode()
+    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
         if self._graphs is not None and self._graphs.fits(layout):
-            return self._graphs.run(token_ids, layout)
+            hidden = self._graphs.run(token_ids, layout)
+            return hidden if wanted is None else hidden.index_select(0, wanted.rows.to(self._place))
         if self._obstacle is not None:
             # Gathered pages bring slots along that were never written; flash attention reads no such slot.
             self._cache.clear(opened_pages(layout).to(self._place))
-        return self._step(*upload(token_ids, layout, self._place))
+        placed = None if wanted is None else Wanted(*upload(wanted.rows, wanted.layout, self._place))
+        return self._step(*upload(token_ids, layout, self._place), placed)
 
+    @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         if not torch.equal(rows, torch.arange(len(hidden))):
             hidden = hidden.index_select(0, rows.to(self._place, non_blocking=True))
         return self._decoder.logits(hidden)
 
-    def _step(self, token_ids: Tensor, layout: AttentionLayout) -> Tensor:
-        return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache)
+    def _step(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+        return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache, wanted)
 
     def _make_graphs(self, record: Record, max_sequences: int) -> DecodeGraphs | None:
         obstacle = graph_obstacle(self._decoder.spec, self._obstacle)

@@ -73,7 +73,10 @@ class StepMemory:
 
 
 def upload(token_ids: Tensor, layout: AttentionLayout, device: torch.device) -> tuple[Tensor, AttentionLayout]:
-    """A step as the host laid it out, on the device. The host's tensors may be reused as soon as this returns."""
+    """A step as the host laid it out, on the device. The host's tensors may be reused as soon as this returns.
+
+    Wanted tokens have their rows ([R] int64) in place of token ids.
+    """
     shape = StepShape(len(token_ids), len(layout.lens), layout.page_table.shape[1])
     host = StepMemory.on_host(shape, device)
     for name, array in host.arrays.items():

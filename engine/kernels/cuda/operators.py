@@ -48,6 +48,9 @@ class CudaOperators:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
 
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._fused.rms_norm(x, weight, eps, residual)
 

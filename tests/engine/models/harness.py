@@ -33,7 +33,7 @@ from engine.sampler import Drawn, Sampler
 from engine.sampling_params import SamplingParams
 
 VOCAB = 97
-PAGE_TOKENS = 4
+PAGE_TOKENS = 16
 NAN_BYTE = 0xFF
 """Every floating type of these bytes is NaN."""
 GREEDY = SamplingParams(temperature=0.0)
@@ -213,7 +213,9 @@ class Driver:
         loaded = load_parameters(path, dtype or "auto")
         backend = make_backend(kernels)
         self.decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
-        self.cache = PagedKVCache(loaded.spec, num_pages, PAGE_TOKENS, kv_dtype or loaded.dtype)
+        self.cache = PagedKVCache(
+            loaded.spec, num_pages, PAGE_TOKENS, kv_dtype or loaded.dtype, layout=backend.kv_layout
+        )
         self.cache.pages.fill_(NAN_BYTE)
         self.sampler = RecordingSampler()
         self.forward = CountingForward(backend.forward(self.decoder, self.cache))

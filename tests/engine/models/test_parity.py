@@ -1,12 +1,15 @@
 """Every family against Hugging Face's own modelling code, however the tokens are cut into batches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from engine.batch import Samples
+from engine.runner import layout_of, wanted_of
 from tests.engine.models.harness import CONFIGS, KERNELS, Driver, Kernels, Pair, Stream, make_pair, random_tokens
 
 TOLERANCE = 1e-4
@@ -81,6 +84,43 @@ def test_sequences_in_one_batch_do_not_see_each_other(
         if stream.computed:
             expected = pair.expected(stream.tokens[: stream.computed])[-1]
             assert close(stream.logits[-1], expected)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chunks_that_draw_nothing_leave_their_keys_and_values(
+    name: str, kernels: Kernels, pair_of: Callable[[str], Pair]
+) -> None:
+    """The last layer runs no row of the first two steps, and one of the eleven of the last."""
+    pair = pair_of(name)
+    tokens = random_tokens(40, seed=6)
+    driver = Driver(pair.path, kernels)
+    stream = driver.start(tokens)
+    for chunk in (20, 9):
+        out = driver.runner.run(replace(driver.batch([(stream, chunk)]), samples=Samples.of([])))
+        assert out.token_ids == []
+        stream.computed += chunk
+    driver.step([(stream, 11)])
+    assert close(stream.logits[-1], pair.expected(tokens)[-1])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_wanted_rows_do_not_depend_on_the_others(name: str, kernels: Kernels, pair_of: Callable[[str], Pair]) -> None:
+    driver = Driver(pair_of(name).path, kernels)
+    streams = [driver.start(random_tokens(50, seed=seed), max_len=64) for seed in range(4)]
+    driver.step([(stream, 18 + index) for index, stream in enumerate(streams)])
+    batch = driver.batch([(streams[0], 1), (streams[1], 25), (streams[2], 3), (streams[3], 12)])
+    layout = layout_of(batch, driver.cache.page_tokens, torch.device("cpu"))
+    token_ids = torch.from_numpy(batch.token_ids)
+    with torch.inference_mode():
+        all_rows = driver.forward.hidden(token_ids, layout).clone()
+        for counts in ([1, 1, 1, 1], [1, 0, 0, 1], [0, 25, 0, 7], [0, 0, 2, 0], [0, 0, 0, 0]):
+            wanted = wanted_of(batch, np.array([0, *np.cumsum(counts)], np.int32), layout)
+            assert wanted is not None
+            some_rows = driver.forward.hidden(token_ids, layout, wanted)
+            assert some_rows.shape == (sum(counts), all_rows.shape[1])
+            assert close(some_rows, all_rows[wanted.rows])
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -96,10 +96,11 @@ def awq_words(rows: Codes) -> Tensor:
 
 def gptq(linear: Quantized, *, version: int = 1) -> Tensors:
     """AutoGPTQ: nibbles of a word run along the inputs, those of the zero points along the outputs."""
-    stored_zero = (linear.zero - 1) % 16 if version == 1 else linear.zero
+    # The first version takes 1 from every zero point of a word at once, borrows and all.
+    zeros = words(linear.zero.T) - (0x11111111 if version == 1 else 0)
     return {
         "qweight": words(linear.codes).T.contiguous(),
-        "qzeros": words(stored_zero.T),
+        "qzeros": zeros,
         "scales": linear.scale.T.contiguous(),
         "g_idx": torch.from_numpy(linear.group_of.astype(np.int32)),
     }

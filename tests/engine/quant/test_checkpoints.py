@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from engine.errors import ModelError
 from engine.models.directory import find_family
-from engine.models.loader import load_parameters
+from engine.models.loader import load_model, load_parameters
 from engine.quant.weights import Int4Weight, Int8Weight
 from tests.engine.quant.checkpoints import (
     GPT2,
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_names_the_tensor(case: str, tmp_path: Path) -> Non
     damage(tensors)
     save(quantized, tensors)
     with pytest.raises(ModelError) as raised:
-        load_parameters(quantized)
+        load_model(quantized)
     for part in (str(quantized), *expected):
         assert part in str(raised.value)
 
@@ -269,7 +269,7 @@ def test_groups_of_different_sizes_cannot_share_a_layer(tmp_path: Path) -> None:
     tensors[f"{Q_PROJ}.weight_scale"] = torch.ones(64, 1)
     save(quantized, tensors)
     with pytest.raises(ModelError, match="groups of 64 and of 32 input channels"):
-        load_parameters(quantized)
+        load_model(quantized)
 
 
 def test_8_bit_zero_points_must_be_zero(tmp_path: Path) -> None:
@@ -277,10 +277,10 @@ def test_8_bit_zero_points_must_be_zero(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     name = f"{Q_PROJ}.weight_zero_point"
     save(folder, tensors | {name: torch.zeros(64, 1, dtype=torch.int8)})
-    load_parameters(folder)
+    load_model(folder)
     save(folder, tensors | {name: torch.ones(64, 1, dtype=torch.int8)})
     with pytest.raises(ModelError, match="must be symmetric"):
-        load_parameters(folder)
+        load_model(folder)
 
 
 def test_integers_without_a_declared_format_are_no_weights(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ struct workspace {
 /* The key block that is attended, or the one after it. */
 struct block {
     int64_t first, count;
-    int64_t offsets[KEY_BLOCK];     /* bytes from the first page to each token's first head */
-    int64_t scale_offsets[KEY_BLOCK];
+    int64_t pages[KEY_GROUPS];      /* bytes from the first page to that of each group */
+    int64_t slots[KEY_GROUPS];      /* tokens from there to the group */
 };
 
 /* Some heads, all queries and some segments of a tile. */
@@ -35,6 +35,8 @@ struct task {
     struct workspace *workspace;
     float *partials;                /* of the tile; NULL if the tile is one task */
     int64_t head, heads;            /* of a pass */
+    const struct tile *next;        /* what this thread attends afterwards, from key next_first on; NULL: unknown */
+    int64_t next_first;
 };
 
 /* Rows of all heads of a pass. */
@@ -84,45 +86,53 @@ int64_t attend_scratch_bytes(int64_t threads, int64_t heads, int64_t kv_heads, i
 
 /* ---- keys ---- */
 
-static int64_t cache_item(const struct attend *args) {
-    return args->k_scales != NULL ? 1 : args->dtype == F32 ? 4 : 2;
+static enum cache cache_of(const struct attend *args) {
+    return args->k_scales != NULL ? CACHE_INT8 : args->dtype == F32 ? CACHE_F32 : CACHE_BF16;
 }
 
-/* Where the keys [first, end) of a sequence lie, up to a block of them. */
-static void locate(const struct task *task, int64_t first, int64_t end, struct block *block) {
+/* Where the keys of a tile from `first` on lie, up to a block of them. */
+static void locate(const struct task *task, const struct tile *tile, int64_t first, struct block *block) {
     const struct attend *args = task->args;
-    const int64_t page_tokens = args->page_tokens;
-    const int64_t token_bytes = args->kv_heads * args->head_dim * cache_item(args);
-    const int64_t scale_bytes = args->kv_heads * (int64_t)sizeof(float);
-    const int32_t *pages = task->step->page_table + task->tile->sequence * task->step->page_table_stride;
+    const int32_t *pages = task->step->page_table + tile->sequence * task->step->page_table_stride;
     block->first = first;
-    block->count = at_least(0, at_most(KEY_BLOCK, end - first));
-    int64_t column = first / page_tokens, slot = first % page_tokens;
-    for (int64_t i = 0; i < block->count; column++, slot = 0) {
-        const int64_t page = pages[column] * args->page_stride;
-        for (; slot < page_tokens && i < block->count; slot++, i++) {
-            block->offsets[i] = page + slot * token_bytes;
-            block->scale_offsets[i] = page + slot * scale_bytes;
-        }
+    block->count = at_least(0, at_most(KEY_BLOCK, tile->end - first));
+    for (int64_t i = 0; i * GROUP < block->count; i++) {
+        const int64_t position = first + i * GROUP;
+        block->pages[i] = pages[position / args->page_tokens] * args->page_stride;
+        block->slots[i] = position % args->page_tokens;
     }
 }
 
-/* A share of a block's keys and values, in the order of memory: pages lie anywhere, so the processor cannot foresee
- * them. */
-static struct ahead share_of(const struct task *task, const struct block *block, int64_t share) {
-    const struct attend *args = task->args;
-    const int64_t head_bytes = args->head_dim * cache_item(args);
-    const int64_t first = task->head * head_bytes, bytes = task->heads * head_bytes;
+/* One head of a block. */
+static struct keys head_keys(const struct attend *args, const struct block *block, int64_t head) {
+    const int64_t head_words = args->head_dim / cache_items(cache_of(args)) * args->page_tokens;
+    const int64_t head_bytes = head_words * (int64_t)sizeof(uint32_t), token_bytes = head_bytes / args->page_tokens;
+    struct keys keys = {.first = block->first, .count = block->count};
+    for (int64_t i = 0; i * GROUP < block->count; i++) {
+        const int64_t begin = block->pages[i] + head * head_bytes, slot = block->slots[i];
+        keys.k[i] = (const char *)args->k + begin + slot * (int64_t)sizeof(uint32_t);
+        keys.v[i] = (const char *)args->v + begin + slot * token_bytes;
+        if (args->k_scales != NULL) {
+            const int64_t scales = block->pages[i] + (head * args->page_tokens + slot) * (int64_t)sizeof(float);
+            keys.k_scales[i] = (const float *)(const void *)((const char *)args->k_scales + scales);
+            keys.v_scales[i] = (const float *)(const void *)((const char *)args->v_scales + scales);
+        }
+    }
+    return keys;
+}
+
+/* What to ask for while a head of the block before, of `count` keys, is attended: the same head. The products of a few
+ * rows ask `times` times. */
+static struct ahead ahead_of(const struct shape *shape, int64_t count, const struct keys *next) {
     struct ahead ahead = {
-        .k = (const char *)args->k + first,
-        .v = (const char *)args->v + first,
-        .offsets = block->offsets,
-        .bytes = bytes,
-        .token = KEY_BLOCK * share / task->heads,
-        .end = at_most(block->count, KEY_BLOCK * (share + 1) / task->heads),
+        .k_step = shape->page_tokens * (int64_t)sizeof(uint32_t),
+        .end = divide_up(next->count, GROUP),
+        .group_lines = shape->head_dim / cache_items(shape->cache),
     };
-    const int64_t lines = (ahead.end - ahead.token) * divide_up(bytes, LINE);
-    ahead.lines = divide_up(at_least(0, lines), packs(&task->shape));
+    memcpy(ahead.k, next->k, sizeof ahead.k);
+    memcpy(ahead.v, next->v, sizeof ahead.v);
+    const int64_t times = (shape->head_dim + count) / word_items(shape->words);
+    ahead.lines = divide_up(ahead.end * ahead.group_lines, times);
     return ahead;
 }
 
@@ -155,23 +165,12 @@ static void load_pass(const struct task *task) {
 
 /* All heads of the pass against one block. */
 static void attend_heads(const struct task *task, const struct block *block, const struct block *next, float *states) {
-    const struct attend *args = task->args;
     const struct shape *shape = &task->shape;
-    const int64_t stride = state_stride(args->head_dim);
+    const int64_t stride = state_stride(shape->head_dim);
     for (int64_t head = 0; head < task->heads; head++) {
-        const int64_t number = task->head + head;
-        const int64_t head_bytes = number * args->head_dim * cache_item(args);
-        const struct keys keys = {
-            .first = block->first,
-            .count = block->count,
-            .k = (const char *)args->k + head_bytes,
-            .v = (const char *)args->v + head_bytes,
-            .offsets = block->offsets,
-            .k_scales = args->k_scales == NULL ? NULL : (const char *)(args->k_scales + number),
-            .v_scales = args->v_scales == NULL ? NULL : (const char *)(args->v_scales + number),
-            .scale_offsets = block->scale_offsets,
-        };
-        struct ahead ahead = share_of(task, next, head);
+        const struct keys keys = head_keys(task->args, block, task->head + head);
+        const struct keys next_keys = head_keys(task->args, next, task->head + head);
+        struct ahead ahead = ahead_of(shape, keys.count, &next_keys);
         const struct queries queries = head_queries(task, head);
         const int64_t row = head * shape->rows;
         attend_block(
@@ -203,7 +202,11 @@ static void attend_segment(const struct task *task, int64_t number, float *state
     for (int64_t first = begin; first < end; first += KEY_BLOCK) {
         const int64_t index = (first - tile->begin) / KEY_BLOCK;
         struct block *block = &blocks[index % 2], *next = &blocks[(index + 1) % 2];
-        locate(task, first + KEY_BLOCK, tile->end, next);
+        if (first + KEY_BLOCK >= tile->end && task->next != NULL) {
+            locate(task, task->next, task->next_first, next);
+        } else {
+            locate(task, tile, first + KEY_BLOCK, next);
+        }
         attend_heads(task, block, next, states);
     }
     end_states(&all, states, task->workspace->sums);
@@ -228,7 +231,7 @@ static void run_pass(const struct task *task, int64_t begin, int64_t end) {
     const int64_t stride = state_stride(task->args->head_dim);
     struct block blocks[2];
     const int64_t first = tile->begin + begin * tile->segment;
-    locate(task, first, tile->end, &blocks[(first - tile->begin) / KEY_BLOCK % 2]);
+    locate(task, tile, first, &blocks[(first - tile->begin) / KEY_BLOCK % 2]);
     load_pass(task);
     for (int64_t number = begin; number < end; number++) {
         float *states = segment_states(task, number, number == begin);
@@ -249,30 +252,39 @@ static void run_pass(const struct task *task, int64_t begin, int64_t end) {
 /* Heads of a pass: those whose rows fit a workspace and whose keys fit the cache; reads of all heads together are long
  * runs of memory. */
 static int64_t pass_heads(const struct attend *args, int64_t rows) {
-    const int64_t bytes = 2 * KEY_BLOCK * args->head_dim * cache_item(args);
+    const int64_t bytes = 2 * KEY_BLOCK * args->head_dim * (int64_t)sizeof(uint32_t) / cache_items(cache_of(args));
     return at_least(1, at_most(pass_rows(args) / rows, PASS_BYTES / bytes));
 }
 
 static struct shape tile_shape(const struct attend *args, const struct tile *tile) {
     const int64_t group = args->heads / args->kv_heads;
-    const enum cache cache = args->k_scales != NULL ? CACHE_INT8 : args->dtype == F32 ? CACHE_F32 : CACHE_BF16;
+    const enum cache cache = cache_of(args);
     return (struct shape){
         .rows = tile->queries * group,
         .group = group,
         .head_dim = args->head_dim,
         .words = choose_words(cache, args->dtype, args->head_dim),
         .cache = cache,
+        .page_tokens = args->page_tokens,
         .position = tile->position,
         .window = args->window,
         .scale = (float)args->scale,
     };
 }
 
+/* The first segment of task `number`, which is one of the tile's. */
+static int64_t first_segment(const struct tile *tile, int64_t number) {
+    return tile->segments * ((number - tile->first_task) % tile->key_parts) / tile->key_parts;
+}
+
+/* Task `number` of a step, which is one of the tile's. Task `next_number`, of tile `next`, is to follow, unless that is
+ * NULL. */
 static void run_task(
-    const struct attend *args, const struct step *step, const struct tile *tile, int64_t part, float *partials,
-    struct workspace *workspace) {
+    const struct attend *args, const struct step *step, const struct tile *tile, int64_t number,
+    const struct tile *next, int64_t next_number, float *partials, struct workspace *workspace) {
+    const int64_t part = number - tile->first_task;
     const int64_t key_part = part % tile->key_parts, head_part = part / tile->key_parts;
-    const int64_t begin = tile->segments * key_part / tile->key_parts;
+    const int64_t begin = first_segment(tile, number);
     const int64_t end = tile->segments * (key_part + 1) / tile->key_parts;
     const int64_t last_head = args->kv_heads * (head_part + 1) / tile->head_parts;
     struct task task = {
@@ -286,6 +298,10 @@ static void run_task(
     const int64_t heads = pass_heads(args, task.shape.rows);
     for (task.head = args->kv_heads * head_part / tile->head_parts; task.head < last_head; task.head += heads) {
         task.heads = at_most(heads, last_head - task.head);
+        if (next != NULL && task.head + task.heads == last_head) {
+            task.next = next;
+            task.next_first = next->begin + first_segment(next, next_number) * next->segment;
+        }
         run_pass(&task, begin, end);
     }
 }
@@ -325,9 +341,22 @@ OPERATION(attend) {
     const struct plan begin = plan_attention(args, step, team->size, partial_rows(args->heads, team->size));
     struct plan plan = begin;
     int64_t taken = team_take(team, 1);
-    while (next_tile(&plan)) {
-        for (; taken < plan.tasks; taken = team_take(team, 1)) {
-            run_task(args, step, &plan.tile, taken - plan.tile.first_task, partials, &workspace);
+    bool found = seek_task(&plan, taken);
+    while (found) {
+        /* Knowing the next task early, its first keys can be fetched; but near the end a thread that has nothing to do
+         * may come for it first. */
+        const struct tile tile = plan.tile;
+        const int64_t number = taken;
+        const bool early = has_plenty(&plan);
+        if (early) {
+            taken = team_take(team, 1);
+            found = seek_task(&plan, taken);
+        }
+        const struct tile *next = early && found ? &plan.tile : NULL;
+        run_task(args, step, &tile, number, next, taken, partials, &workspace);
+        if (!early) {
+            taken = team_take(team, 1);
+            found = seek_task(&plan, taken);
         }
     }
     if (plan.partials > 0) {

@@ -1,29 +1,38 @@
 /* Scores, softmax and weighted values of a block of keys. */
 #include "attention_block.h"
 
-#include "attention_product.h"
-
 enum { BLOCK_VECTORS = KEY_BLOCK / VF, MAXIMUM = 0, SUM = 1 };
 
 /* Of a row that has seen no key yet, and of keys that it does not see: finite, since infinities have no difference.
- * Scores and maxima count in powers of two. */
+ * Maxima count in powers of two. */
 static const float no_score = -1e30f, hidden_score = -3e38f;
 
-/* 2^x with a relative error below 3e-7, 0 for x however far below the range of floats. The exponent is x to the
- * nearest whole number, and what is left, up to 1/2 to both sides, goes through a minimax polynomial. */
-INLINE vf power_of_two(vf x) {
-#ifdef VECTOR_AVX512
-    const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const vf r = x - n;
-    vf p = vf_fma(r, vf_set(0.00132647273f), vf_set(0.00967151299f));
-    p = vf_fma(r, p, vf_set(0.0555073359f));
-    p = vf_fma(r, p, vf_set(0.240222424f));
-    p = vf_fma(r, p, vf_set(0.693147004f));
-    p = vf_fma(r, p, vf_set(1.0f));
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-    return vf_exp(x * 0.693147181f);
-#endif
+/* How far scores may rise above a row's maximum before its state is made relative to the larger one, which costs more
+ * than the row itself where it is not foreseen: 2^8 more takes no digit from floats. Quads count weights in steps up to 1
+ * and so bear nothing. */
+static const float tolerated = 8.0f;
+
+/* 2^x for x up to 127, and 2^-126 below that; NaN stays NaN. The exponent is x to the nearest whole number, which adding
+ * `shift` leaves in the lowest bits, and what is left, up to 1/2 to both sides, goes through a minimax polynomial: with a
+ * relative error below 3e-7 if `precise`, else 3e-6, which words of fewer than 24 bits round away. */
+INLINE vf power_of_two(bool precise, vf x) {
+    const float shift = 0x1.8p23f + 127, smallest = -126.0f;
+    x = vf_max(vf_set(smallest), x);
+    const vf shifted = x + shift, r = x - (shifted - shift);
+    vf p;
+    if (precise) {
+        p = vf_fma(r, vf_set(0.00132647273f), vf_set(0.00967151299f));
+        p = vf_fma(r, p, vf_set(0.0555073359f));
+        p = vf_fma(r, p, vf_set(0.240222424f));
+        p = vf_fma(r, p, vf_set(0.693147004f));
+        p = vf_fma(r, p, vf_set(1.0f));
+    } else {
+        p = vf_fma(r, vf_set(0.0095701f), vf_set(0.05591786f));
+        p = vf_fma(r, p, vf_set(0.24024745f));
+        p = vf_fma(r, p, vf_set(0.69312181f));
+        p = vf_fma(r, p, vf_set(0.99999926f));
+    }
+    return p * (vf)((vi)shifted << 23);
 }
 
 void begin_states(const struct shape *shape, float *states, float *sums) {
@@ -47,8 +56,8 @@ void merge_state(float *state, const float *other, int64_t head_dim) {
     float *own = state + padded;
     const float *theirs = other + padded;
     const float largest = own[MAXIMUM] > theirs[MAXIMUM] ? own[MAXIMUM] : theirs[MAXIMUM];
-    const vf weight = power_of_two(vf_set(own[MAXIMUM] - largest));
-    const vf other_weight = power_of_two(vf_set(theirs[MAXIMUM] - largest));
+    const vf weight = power_of_two(true, vf_set(own[MAXIMUM] - largest));
+    const vf other_weight = power_of_two(true, vf_set(theirs[MAXIMUM] - largest));
     for (int64_t i = 0; i < padded; i += VF) {
         vf_store(state + i, vf_load(state + i) * weight + vf_load(other + i) * other_weight);
     }
@@ -91,9 +100,9 @@ INLINE struct span visible(const struct shape *shape, const struct keys *keys, i
 }
 
 /* The scales of a block's keys or values, 0 past its end. */
-INLINE void gather_scales(const struct keys *keys, const char *from, float *to) {
-    for (int64_t i = 0; i < keys->count; i++) {
-        memcpy(to + i, from + keys->scale_offsets[i], sizeof *to);
+INLINE void gather_scales(const struct keys *keys, const float *const from[], float *to) {
+    for (int64_t i = 0; i < keys->count; i += GROUP) {
+        memcpy(to + i, from[i / GROUP], GROUP * sizeof *to);
     }
     memset(to + keys->count, 0, (size_t)(KEY_BLOCK - keys->count) * sizeof *to);
 }
@@ -125,9 +134,10 @@ struct softening {
     float steps;                    /* of quads: of a weight of 1 that has a scale of 1 */
 };
 
-/* The scores of one row, as powers of two; those of keys outside of the span are hidden. */
-INLINE void load_scores(enum words words, const struct softening *softening, int64_t row, struct span span, vf *x) {
+/* The scores of one row; returns the factor that makes powers of two of them. */
+INLINE float load_scores(enum words words, const struct softening *softening, int64_t row, vf *x) {
     const float *scores = softening->scores + row * KEY_BLOCK, *lower_scores = scores + softening->rows * KEY_BLOCK;
+    const bool scaled = softening->k_scales != NULL;
     const float scale = words == QUADS ? softening->scale * softening->query_scales[row] : softening->scale;
     for (int v = 0; v < BLOCK_VECTORS; v++) {
         x[v] = vf_load(scores + v * VF);
@@ -135,16 +145,18 @@ INLINE void load_scores(enum words words, const struct softening *softening, int
             const vi sum = ((vi)x[v] << LOW_BITS) + (vi)vf_load(lower_scores + v * VF) - softening->query_biases[row];
             x[v] = __builtin_convertvector(sum, vf);
         }
-        x[v] *= scale;
-        if (softening->k_scales != NULL) {
-            x[v] *= vf_load(softening->k_scales + v * VF);
+        if (scaled) {
+            x[v] *= vf_load(softening->k_scales + v * VF) * scale;
         }
     }
-    if (span.from > 0 || span.to < KEY_BLOCK) {
-        for (int v = 0; v < BLOCK_VECTORS; v++) {
-            const vi lane = lanes() + v * VF;
-            x[v] = vf_select((lane >= (int32_t)span.from) & (lane < (int32_t)span.to), x[v], vf_set(hidden_score));
-        }
+    return scaled ? 1.0f : scale;
+}
+
+/* Puts `hidden` in place of keys outside of the span. */
+INLINE void hide(struct span span, float hidden, vf *x) {
+    for (int v = 0; v < BLOCK_VECTORS; v++) {
+        const vi lane = lanes() + v * VF;
+        x[v] = vf_select((lane >= (int32_t)span.from) & (lane < (int32_t)span.to), x[v], vf_set(hidden));
     }
 }
 
@@ -180,7 +192,7 @@ INLINE float largest_of(const vf *x) {
 
 /* A row's state for a new largest score. */
 INLINE void rescale(float *state, int64_t padded, float *sums, float largest) {
-    const vf weight = power_of_two(vf_set(state[padded + MAXIMUM] - largest));
+    const vf weight = power_of_two(true, vf_set(state[padded + MAXIMUM] - largest));
     for (int64_t i = 0; i < padded; i += VF) {
         vf_store(state + i, vf_load(state + i) * weight);
     }
@@ -192,18 +204,27 @@ INLINE void rescale(float *state, int64_t padded, float *sums, float largest) {
 INLINE void soften_row(
     enum words words, const struct softening *softening, int64_t row, struct span span, float *state, float *sums) {
     const int64_t padded = softening->padded;
+    const bool partial = span.from > 0 || span.to < KEY_BLOCK;
     vf x[BLOCK_VECTORS];
-    load_scores(words, softening, row, span, x);
-    const float largest = largest_of(x);
-    if (largest > state[padded + MAXIMUM]) {
+    const float factor = load_scores(words, softening, row, x);
+    if (partial) {
+        hide(span, hidden_score, x);
+    }
+    const float largest = largest_of(x) * factor;
+    if (largest > state[padded + MAXIMUM] + (words == QUADS ? 0.0f : tolerated)) {
         rescale(state, padded, sums, largest);
     }
-    const float maximum = state[padded + MAXIMUM];
+    const vf maximum = vf_set(-state[padded + MAXIMUM]);
+    for (int v = 0; v < BLOCK_VECTORS; v++) {
+        x[v] = power_of_two(words == FLOATS, vf_fma(x[v], vf_set(factor), maximum));
+    }
+    if (partial) {
+        hide(span, 0.0f, x);
+    }
     vf sum = vf_load(sums);
     for (int v = 0; v < BLOCK_VECTORS; v++) {
-        const vf weights = power_of_two(x[v] - maximum);
-        sum += weights;
-        store_weights(words, softening, row, v, weights);
+        sum += x[v];
+        store_weights(words, softening, row, v, x[v]);
     }
     vf_store(sums, sum);
 }
@@ -270,20 +291,20 @@ void attend_block(
         softening.v_scales = v_scales;
         softening.steps = largest > 0.0f ? WEIGHT_STEPS / largest : 0.0f;
     }
-    pack_keys(shape, keys, buffers->k, ahead);
+    const struct panel k = key_panel(shape, keys, buffers->k);
     multiply(quads ? SIGNED_UNSIGNED : pairs ? PAIR_PAIR : FLOAT_FLOAT, &(struct product){
-        .rows = rows, .columns = divide_up(keys->count, VF) * VF, .depth = words,
-        .a = queries->words, .a_stride = words, .b = buffers->k, .b_stride = KEY_BLOCK,
+        .rows = rows, .columns = KEY_BLOCK, .depth = words,
+        .a = queries->words, .a_stride = words, .b = &k,
         .c = buffers->scores, .c_stride = KEY_BLOCK,
-    });
+    }, ahead);
     soften(&softening, keys, states, sums);
-    pack_values(shape, keys, buffers->v, ahead);
+    const struct panel v = value_panel(shape, keys, buffers->v);
     multiply(quads ? UNSIGNED_SIGNED : pairs ? PAIR_PAIR : FLOAT_FLOAT, &(struct product){
         .rows = rows, .columns = padded, .depth = divide_up(keys->count, items),
-        .a = buffers->weights, .a_stride = KEY_BLOCK / items, .b = buffers->v, .b_stride = padded,
+        .a = buffers->weights, .a_stride = KEY_BLOCK / items, .b = &v,
         .c = quads ? buffers->values : states, .c_stride = quads ? padded : state_stride(shape->head_dim),
         .add = !quads,
-    });
+    }, ahead);
     if (quads) {
         add_values(shape, buffers->values, largest / WEIGHT_STEPS, states);
     }

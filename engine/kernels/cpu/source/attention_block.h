@@ -11,8 +11,8 @@
 
 /* Memory for one block at a time. */
 struct block_buffers {
-    uint32_t *k;                    /* [words of a head][KEY_BLOCK] */
-    uint32_t *v;                    /* [words of a block][padded head_dim] */
+    uint32_t *k;                    /* [head_dim][KEY_BLOCK], unless keys are multiplied where they lie */
+    uint32_t *v;                    /* [KEY_BLOCK][padded head_dim], likewise */
     float *scores;                  /* [rows of the product][KEY_BLOCK] */
     uint32_t *weights;              /* [rows of the product][words of a block] */
     float *values;                  /* [rows of the product][padded head_dim], of quads alone */

@@ -2,7 +2,7 @@
 #ifndef MANTA_ATTENTION_PACK_H
 #define MANTA_ATTENTION_PACK_H
 
-#include "attention_words.h"
+#include "attention_product.h"
 
 /* Queries of one key head in a tile. */
 struct queries {
@@ -16,14 +16,11 @@ void pack_queries(
     const struct shape *shape, const void *q, int64_t dtype, int64_t at, int64_t row, int64_t count,
     const struct queries *to);
 
-/* Keys, transposed: to[word][key], up to a whole vector of keys; of quads every byte is 128 too large, and so
- * unsigned. Asks for lines ahead, packs(shape) times together with pack_values. */
-void pack_keys(const struct shape *shape, const struct keys *keys, uint32_t *to, struct ahead *ahead);
+/* Keys as the right side of a product, a word of all keys a row: where they lie, or as floats in `buffer`, which has
+ * room for [head_dim][KEY_BLOCK]. Of quads every byte is 128 too large, and so unsigned. */
+struct panel key_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer);
 
-/* Values: to[key, or pair or four of keys][padded head_dim], 0 past the head's end and past the block's. */
-void pack_values(const struct shape *shape, const struct keys *keys, uint32_t *to, struct ahead *ahead);
-
-/* How often a whole block asks for lines ahead. */
-int64_t packs(const struct shape *shape);
+/* Values likewise, a channel a column, 0 past the head's end; `buffer` has room for [KEY_BLOCK][padded head_dim]. */
+struct panel value_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer);
 
 #endif

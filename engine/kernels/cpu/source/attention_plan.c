@@ -61,7 +61,8 @@ static struct tile bounds(const struct plan *plan) {
         .key_parts = 1,
         .head_parts = 1,
     };
-    tile.begin = plan->args->window > 0 ? at_least(0, tile.position - plan->args->window + 1) : 0;
+    const int64_t seen = plan->args->window > 0 ? at_least(0, tile.position - plan->args->window + 1) : 0;
+    tile.begin = seen / GROUP * GROUP;
     tile.end = tile.position + tile.queries;
     const int64_t keys = tile.end - tile.begin;
     const int64_t even = divide_up(divide_up(keys, MOST_SEGMENTS), KEY_BLOCK) * KEY_BLOCK;
@@ -132,4 +133,17 @@ bool next_tile(struct plan *plan) {
     plan->tile.first_task = first_task;
     plan->tasks += plan->tile.key_parts * plan->tile.head_parts;
     return true;
+}
+
+bool seek_task(struct plan *plan, int64_t number) {
+    while (plan->tasks <= number) {
+        if (!next_tile(plan)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool has_plenty(const struct plan *plan) {
+    return plan->remaining > 2 * plan->threads * cost(plan, &plan->tile);
 }

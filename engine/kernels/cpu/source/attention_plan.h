@@ -26,7 +26,7 @@ struct tile {
     int64_t token;                  /* of the first query, on the flat axis */
     int64_t queries;
     int64_t position;               /* of the first query, in its sequence */
-    int64_t begin, end;             /* keys that some query sees */
+    int64_t begin, end;             /* keys that some query sees, from a multiple of GROUP on */
     int64_t segment;                /* keys in a segment, a multiple of KEY_BLOCK */
     int64_t segments;
     int64_t key_parts, head_parts;  /* tasks: their product */
@@ -55,6 +55,12 @@ struct plan plan_attention(
 
 /* Goes to the next tile; false if there is none. */
 bool next_tile(struct plan *plan);
+
+/* Goes on to the tile of task `number`; false if there are not so many tasks. */
+bool seek_task(struct plan *plan, int64_t number);
+
+/* Whether what follows the tile keeps all threads busy for longer than the tile takes. */
+bool has_plenty(const struct plan *plan);
 
 /* The largest number of rows in a tile. */
 int64_t tile_rows(int64_t heads, int64_t kv_heads);

@@ -28,26 +28,37 @@ INLINE vf multiply_add(enum factors factors, uint32_t a, vu b, vf c) {
     }
 }
 
-/* `rows` rows from `row` on, and `vectors` vectors of columns from `column` on; both constant. */
+/* `rows` rows from `row` on, and `vectors` vectors of columns from vector `first` on; both constant. */
 INLINE void kernel(
-    enum factors factors, int rows, int vectors, const struct product *product, int64_t row, int64_t column) {
-    const uint32_t *a = product->a + row * product->a_stride, *b = product->b + column;
-    float *c = product->c + row * product->c_stride + column;
+    enum factors factors, int rows, int vectors, const struct product *product, int64_t row, int64_t first,
+    struct ahead *ahead) {
+    const struct panel *panel = product->b;
+    const uint32_t *a = product->a + row * product->a_stride;
+    float *c = product->c + row * product->c_stride + first * VF;
     vf sums[MOST_ROWS][MOST_VECTORS];
     for (int r = 0; r < rows; r++) {
         for (int v = 0; v < vectors; v++) {
             sums[r][v] = product->add ? vf_load(c + r * product->c_stride + v * VF) : (vf){0};
         }
     }
-    for (int64_t k = 0; k < product->depth; k++) {
-        vu line[MOST_VECTORS];
+    const int64_t stride = panel->stride, a_stride = product->a_stride;
+    for (int64_t begin = 0, run = 0; begin < product->depth; begin += panel->run_depth, run++) {
+        const int64_t end = at_most(product->depth, begin + panel->run_depth);
+        const char *b[MOST_VECTORS];
         for (int v = 0; v < vectors; v++) {
-            memcpy(&line[v], b + k * product->b_stride + v * VF, sizeof line[v]);
+            b[v] = panel->runs[run] + panel->columns[first + v];
         }
-        for (int r = 0; r < rows; r++) {
-            const uint32_t element = a[r * product->a_stride + k];
+        for (int64_t k = begin, offset = 0; k < end; k++, offset += stride) {
+            fetch_ahead(ahead);
+            vu line[MOST_VECTORS];
             for (int v = 0; v < vectors; v++) {
-                sums[r][v] = multiply_add(factors, element, line[v], sums[r][v]);
+                memcpy(&line[v], b[v] + offset, sizeof line[v]);
+            }
+            for (int r = 0; r < rows; r++) {
+                const uint32_t element = a[r * a_stride + k];
+                for (int v = 0; v < vectors; v++) {
+                    sums[r][v] = multiply_add(factors, element, line[v], sums[r][v]);
+                }
             }
         }
     }
@@ -58,62 +69,67 @@ INLINE void kernel(
     }
 }
 
-/* All rows of `vectors` vectors of columns. */
-INLINE void all_rows(enum factors factors, int vectors, const struct product *product, int64_t column) {
+/* All rows of MOST_VECTORS vectors of columns. */
+INLINE void all_rows(enum factors factors, const struct product *product, int64_t first, struct ahead *ahead) {
     int64_t row = 0;
     for (; row + MOST_ROWS <= product->rows; row += MOST_ROWS) {
-        kernel(factors, MOST_ROWS, vectors, product, row, column);
+        kernel(factors, MOST_ROWS, MOST_VECTORS, product, row, first, ahead);
     }
     switch (product->rows - row) {
     case 5:
-        kernel(factors, 5, vectors, product, row, column);
+        kernel(factors, 5, MOST_VECTORS, product, row, first, ahead);
         break;
     case 4:
-        kernel(factors, 4, vectors, product, row, column);
+        kernel(factors, 4, MOST_VECTORS, product, row, first, ahead);
         break;
     case 3:
-        kernel(factors, 3, vectors, product, row, column);
+        kernel(factors, 3, MOST_VECTORS, product, row, first, ahead);
         break;
     case 2:
-        kernel(factors, 2, vectors, product, row, column);
+        kernel(factors, 2, MOST_VECTORS, product, row, first, ahead);
         break;
     case 1:
-        kernel(factors, 1, vectors, product, row, column);
+        kernel(factors, 1, MOST_VECTORS, product, row, first, ahead);
         break;
     default:
         break;
     }
 }
 
-INLINE void all_columns(enum factors factors, const struct product *product) {
-    int64_t column = 0;
-    for (; column + MOST_VECTORS * VF <= product->columns; column += MOST_VECTORS * VF) {
-        all_rows(factors, MOST_VECTORS, product, column);
+INLINE void all_columns(enum factors factors, const struct product *product, struct ahead *ahead) {
+    const int64_t vectors = product->columns / VF;
+    int64_t first = 0;
+    for (; first + MOST_VECTORS <= vectors; first += MOST_VECTORS) {
+        all_rows(factors, product, first, ahead);
     }
-    for (; MOST_VECTORS > 2 && column + 2 * VF <= product->columns; column += 2 * VF) {
-        all_rows(factors, 2, product, column);
-    }
-    for (; MOST_VECTORS > 1 && column < product->columns; column += VF) {
-        all_rows(factors, 1, product, column);
+    /* Heads of few sizes come here; each kernel more is a tenth of a second more to compile. */
+    for (; MOST_VECTORS > 1 && first < vectors; first++) {
+        int64_t row = 0;
+        for (; row + MOST_ROWS <= product->rows; row += MOST_ROWS) {
+            kernel(factors, MOST_ROWS, 1, product, row, first, ahead);
+        }
+        for (; row < product->rows; row++) {
+            kernel(factors, 1, 1, product, row, first, ahead);
+        }
     }
 }
 
-void multiply(enum factors factors, const struct product *product) {
+void multiply(enum factors factors, const struct product *product, struct ahead *ahead) {
     switch (factors) {
 #if HAS_PAIRS
     case PAIR_PAIR:
-        all_columns(PAIR_PAIR, product);
+        all_columns(PAIR_PAIR, product, ahead);
         break;
 #endif
 #if HAS_QUADS
     case SIGNED_UNSIGNED:
-        all_columns(SIGNED_UNSIGNED, product);
+        all_columns(SIGNED_UNSIGNED, product, ahead);
         break;
     case UNSIGNED_SIGNED:
-        all_columns(UNSIGNED_SIGNED, product);
+        all_columns(UNSIGNED_SIGNED, product, ahead);
         break;
 #endif
     default:
-        all_columns(FLOAT_FLOAT, product);
+        all_columns(FLOAT_FLOAT, product, ahead);
     }
 }

@@ -3,7 +3,8 @@
  *
  * A word has 32 bits: a float, two neighbouring bf16 that the processor multiplies and adds as one (AVX-512 BF16), or
  * four neighbouring int8 (AVX-512 VNNI). An int8 cache is read as it is: the other factor, a query or the weights of
- * values, is split into two bytes, 15 bits together, which make two rows of the product.
+ * values, is split into two bytes, 15 bits together, which make two rows of the product. Where the processor has no
+ * such instructions, the words of the cache become floats.
  */
 #ifndef MANTA_ATTENTION_WORDS_H
 #define MANTA_ATTENTION_WORDS_H
@@ -23,11 +24,12 @@ enum words { FLOATS, PAIRS, QUADS };
 #if HAS_PAIRS && defined(__AVX512VNNI__)
 #define HAS_QUADS 1
 #else
-#define HAS_QUADS 0                 /* every int8 becomes a bf16 or a float */
+#define HAS_QUADS 0                 /* every int8 becomes a float */
 #endif
 
 enum {
     LINE = 64,                      /* bytes of memory that are read at once */
+    KEY_GROUPS = KEY_BLOCK / GROUP,
     LOW_BITS = 7,                   /* of the lower byte of a factor that is split */
     QUERY_STEPS = 127 << LOW_BITS,  /* the largest query, whose bytes have a sign */
     WEIGHT_STEPS = 255 << LOW_BITS, /* the largest weight, whose bytes have none */
@@ -42,21 +44,20 @@ struct shape {
     int64_t head_dim;
     enum words words;
     enum cache cache;
+    int64_t page_tokens;
     int64_t position;               /* of the first query */
     int64_t window;                 /* 0: none */
     float scale;
 };
 
-/* A block of keys of one head, wherever they lie. */
+/* A block of keys of one head: groups of GROUP, wherever they lie (see the layout of a page in attention.h). */
 struct keys {
     int64_t first;                  /* position of the first key */
     int64_t count;                  /* <= KEY_BLOCK */
-    const char *k;
-    const char *v;
-    const int64_t *offsets;         /* [count] bytes from k and v to each key's and value's head */
-    const char *k_scales;           /* NULL unless CACHE_INT8 */
-    const char *v_scales;
-    const int64_t *scale_offsets;
+    const char *k[KEY_GROUPS];      /* the first words of a group's keys; the next ones page_tokens words on */
+    const char *v[KEY_GROUPS];
+    const float *k_scales[KEY_GROUPS];          /* [GROUP] each; not set unless CACHE_INT8 */
+    const float *v_scales[KEY_GROUPS];
 };
 
 /* The words for a cache and queries of a dtype. */
@@ -64,12 +65,17 @@ INLINE enum words choose_words(enum cache cache, int64_t dtype, int64_t head_dim
     if (HAS_QUADS && dtype == BF16 && cache == CACHE_INT8 && head_dim % 16 == 0) {
         return QUADS;
     }
-    return HAS_PAIRS && dtype == BF16 ? PAIRS : FLOATS;
+    return HAS_PAIRS && cache == CACHE_BF16 ? PAIRS : FLOATS;
 }
 
-/* Elements in a word. */
+/* Elements in a word of a product. */
 INLINE int64_t word_items(enum words words) {
     return words == QUADS ? 4 : words == PAIRS ? 2 : 1;
+}
+
+/* Elements in a word of the cache. */
+INLINE int64_t cache_items(enum cache cache) {
+    return cache == CACHE_INT8 ? 4 : cache == CACHE_BF16 ? 2 : 1;
 }
 
 /* Rows of a product for each row of a tile. */
@@ -84,25 +90,26 @@ INLINE int64_t padded_dim(int64_t head_dim) {
 /* Keys and values that will be needed soon. They are asked for a few lines at a time between other work: a processor
  * tracks some dozens of reads of memory, and more than that at once hold it up. */
 struct ahead {
-    const char *k;
-    const char *v;
-    const int64_t *offsets;         /* bytes from k and v, of each token */
-    int64_t bytes;                  /* to read of each token */
-    int64_t token, end;             /* the tokens to ask for */
-    int64_t at;                     /* bytes of the first of them that were asked for */
-    int64_t lines;                  /* of k, and as many of v, to ask for at a time */
+    const char *k[KEY_GROUPS];
+    const char *v[KEY_GROUPS];
+    int64_t k_step;                 /* bytes between lines of a group's keys; those of values are neighbours */
+    int64_t group, end;             /* the groups to ask for */
+    int64_t line, group_lines;
+    int64_t lines;                  /* of k, and as many of v, to ask for at a time; 0 once all were */
 };
 
 /* Asks for the next lines. */
 INLINE void fetch_ahead(struct ahead *ahead) {
-    for (int64_t i = 0; i < ahead->lines && ahead->token < ahead->end; i++) {
-        const int64_t offset = ahead->offsets[ahead->token] + ahead->at;
-        __builtin_prefetch(ahead->k + offset, 0, 3);
-        __builtin_prefetch(ahead->v + offset, 0, 3);
-        ahead->at += LINE;
-        if (ahead->at >= ahead->bytes) {
-            ahead->at = 0;
-            ahead->token++;
+    for (int64_t i = 0; i < ahead->lines; i++) {
+        if (ahead->group >= ahead->end) {
+            ahead->lines = 0;
+            return;
+        }
+        __builtin_prefetch(ahead->k[ahead->group] + ahead->line * ahead->k_step, 0, 3);
+        __builtin_prefetch(ahead->v[ahead->group] + ahead->line * LINE, 0, 3);
+        if (++ahead->line == ahead->group_lines) {
+            ahead->line = 0;
+            ahead->group++;
         }
     }
 }

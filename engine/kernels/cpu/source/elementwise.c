@@ -1,4 +1,4 @@
-/* Embedding rows, rotary angles, sums and activations. See elementwise.h. */
+/* Embedding rows, rotary angles, chosen rows, sums and activations. See elementwise.h. */
 #include "elementwise.h"
 
 #include <math.h>
@@ -39,6 +39,17 @@ void rotary_angles(const struct rotary_angles *args, const struct step *step, st
             cosines[i] = amplitude * cosf(angle);
             sines[i] = amplitude * sinf(angle);
         }
+    }
+}
+
+void take_rows(const struct take_rows *args, const struct step *step, struct team *team) {
+    int64_t begin, end;
+    team_share(team, step->tokens, &begin, &end);
+    for (int64_t token = begin; token < end; token++) {
+        const int64_t row = step->rows == NULL ? token : step->rows[token];
+        memcpy(
+            (char *)args->y + token * args->row_bytes, (const char *)args->x + row * args->x_stride,
+            (size_t)args->row_bytes);
     }
 }
 

@@ -1,4 +1,4 @@
-/* Embedding rows, rotary angles, sums and activations. */
+/* Embedding rows, rotary angles, chosen rows, sums and activations. */
 #ifndef MANTA_ELEMENTWISE_H
 #define MANTA_ELEMENTWISE_H
 
@@ -22,6 +22,15 @@ struct rotary_angles {
     float *cos_sin;                         /* [tokens, 2 * pairs] */
 };
 OPERATION(rotary_angles);
+
+/* The rows of x that the step's tokens have among all tokens. */
+struct take_rows {
+    const void *x;                  /* [all tokens]; rows x_stride bytes apart */
+    int64_t x_stride;
+    int64_t row_bytes;
+    void *y;                        /* [tokens], rows of row_bytes */
+};
+OPERATION(take_rows);
 
 /* y = a + b. */
 struct add {

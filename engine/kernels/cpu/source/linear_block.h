@@ -61,7 +61,9 @@ INLINE void multiply_rows(multiply_add *add, int64_t rows, int64_t tail, const s
     }
     for (int64_t unit = 0; unit < units; unit++) {
         __builtin_prefetch(ahead, 0, 2);
-        __builtin_prefetch(ahead + STEP_BYTES / 2, 0, 2);
+        if (ahead_step > CACHE_LINE) {
+            __builtin_prefetch(ahead + CACHE_LINE, 0, 2);
+        }
         multiply_unit(add, rows, 4, x, x_stride, weight, sums);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < ROW_GROUPS; i++) {

@@ -115,15 +115,41 @@ static void finish_tile(const struct tile *tile) {
     }
 }
 
+/* ---- threads ---- */
+
+/* Consecutive items that are this thread's. Neighbouring panels are one stream of memory: what the machine's own
+ * prefetchers fetch beyond a panel is then what this thread needs next, and not what another thread has. */
+struct run {
+    int64_t next;
+    int64_t end;
+};
+
+/* This thread's next item of `items`; no less than `items` when there is none. The more is left the longer is the run,
+ * so that threads end together (guided self-scheduling: Polychronopoulos and Kuck, 1987). */
+static int64_t take_item(struct run *run, int64_t items, struct team *team) {
+    if (run->next == run->end) {
+        int64_t taken = atomic_load_explicit(team->taken, memory_order_relaxed), count;
+        do {
+            const int64_t part = (items - taken) / (2 * team->size);
+            count = part > 1 ? part : 1;
+        } while (!atomic_compare_exchange_weak_explicit(
+            team->taken, &taken, taken + count, memory_order_relaxed, memory_order_relaxed));
+        run->next = taken;
+        run->end = taken + count;
+    }
+    return run->next++;
+}
+
 void run_product(const struct product *product, struct team *team) {
     float sums[TILE_ROWS * PANEL] __attribute__((aligned(64)));
     const int64_t panels = panel_count(product->out, product->gate != NO_ACTIVATION);
     const int64_t height = tile_rows(product, panels, team->size);
     const int64_t items = (product->rows + height - 1) / height * panels;
     /* A thread takes its next item before it begins one: it must know what to fetch ahead. */
-    int64_t item = team_take(team, 1);
+    struct run run = {0, 0};
+    int64_t item = take_item(&run, items, team);
     while (item < items) {
-        const int64_t following = team_take(team, 1);
+        const int64_t following = take_item(&run, items, team);
         const int64_t panel = item % panels, row = item / panels * height;
         const int64_t rows = product->rows - row < height ? product->rows - row : height;
         multiply_tile(product, panel, following < items ? following % panels : -1, row, rows, sums);

@@ -15,6 +15,7 @@
 enum {
     PANEL = 32,                     /* columns of a panel */
     STEP_BYTES = 4 * PANEL,         /* 4 bytes of each column of a panel */
+    CACHE_LINE = 64,
     PANEL_VECTORS = PANEL / VF,
     INT4_STEP = 8,                  /* channels of int4 in a step */
     TILE_ROWS = 96,                 /* at 4096 channels 768 KB of x: it stays in the second cache from panel to panel */

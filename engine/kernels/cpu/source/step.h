@@ -10,6 +10,9 @@
  *
  * and library.py reads the header to build the same structure, so its fields are of int64_t, double or pointer type only,
  * one declaration a field. Rows are tokens: an operation works on step->tokens rows.
+ *
+ * A program runs on two steps: the one of all tokens, and the one of those whose results are wanted, which is a part of
+ * it or the same. Each operation is given one of them, and need not know which.
  */
 #ifndef MANTA_STEP_H
 #define MANTA_STEP_H
@@ -20,6 +23,7 @@
 struct step {
     int64_t tokens;
     int64_t sequences;
+    const int64_t *rows;            /* [tokens] where they are among all tokens; NULL: they are all of them */
     const int64_t *token_ids;       /* [tokens] */
     const int64_t *positions;       /* [tokens] */
     const int64_t *slots;           /* [tokens] page * page_tokens + offset */

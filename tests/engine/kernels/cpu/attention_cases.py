@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels.operators import AttentionLayout
-from engine.kv.cache import KVPages
+from engine.kv.cache import KVLayout, KVPages, PagedKVCache
+from engine.models.spec import ModelSpec, RopeSpec
 from tests.engine.kernels import layouts
 
 SPARE_PAGES = 3
@@ -26,20 +27,31 @@ def random_cache(
     num_pages: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[KVPages, KVPages]:
     """One layer out of two, strided as the page-major cache has it."""
-    values = page_tokens * kv_heads * head_dim * dtype.itemsize
-    half = values + (page_tokens * kv_heads * 4 if dtype == torch.int8 else 0)
-    memory = torch.zeros(num_pages, 2, 2, half, dtype=torch.uint8)
-    keys, values_ = (_random_half(memory[:, 1, i], values, (page_tokens, kv_heads, head_dim), dtype) for i in (0, 1))
-    return keys, values_
-
-
-def _random_half(half: Tensor, value_bytes: int, shape: tuple[int, int, int], dtype: torch.dtype) -> KVPages:
-    values = half[:, :value_bytes].view(dtype).unflatten(1, shape)
-    if dtype != torch.int8:
-        return KVPages(values.copy_(torch.randn(values.shape)))
-    values.copy_(torch.randint(-127, 128, values.shape, dtype=torch.int8))
-    scales = half[:, value_bytes:].view(torch.float32).unflatten(1, shape[:2])
-    return KVPages(values, scales.copy_(torch.rand(scales.shape) / 64))
+    spec = ModelSpec(
+        vocab_size=1,
+        hidden=8,
+        layers=2,
+        heads=kv_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=8,
+        max_position=1,
+        norm="rms",
+        norm_eps=1e-5,
+        positions=RopeSpec(theta=1.0, rotary_dim=head_dim),
+        activation="silu",
+        gated_mlp=True,
+    )
+    keys, values = PagedKVCache(spec, num_pages, page_tokens, dtype, layout=KVLayout.WORDS).layer(1)
+    for half in (keys, values):
+        if half.scales is None:
+            half.values.normal_()
+        else:
+            half.values.random_(-127, 128)
+            half.scales.uniform_(0, 1 / 64)
+    if dtype == torch.int8:
+        keys.values.view(torch.uint8).bitwise_xor_(128)
+    return keys, values
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def random_case(seed: int) -> Case:
         lens,
         heads=(group * kv_heads, kv_heads),
         head_dim=choose.choice([8, 24, 64, 80, 96, 128, 256]),
-        page_tokens=choose.choice([1, 3, 16, 64, 512]),
+        page_tokens=choose.choice([16, 16, 48, 64, 512]),
         dtype=dtype,
         cache=choose.choice([dtype, torch.int8]),
         window=choose.choice([None, None, 1, 7, 100, 1000]),
@@ -101,15 +113,25 @@ def random_case(seed: int) -> Case:
     )
 
 
+def rows_of(k: KVPages, v: KVPages) -> tuple[KVPages, KVPages]:
+    """Copies of keys and values of a cache of words as a cache of rows has them."""
+    keys = k.values.permute(0, 3, 1, 2, 4).flatten(3)
+    values = v.values.permute(0, 2, 4, 1, 3).flatten(1, 2).clone()
+    if k.scales is None or v.scales is None:
+        return KVPages(keys.clone()), KVPages(values)
+    true_keys = (keys.contiguous().view(torch.uint8).int() - 128).to(torch.int8)
+    return KVPages(true_keys, k.scales.transpose(1, 2).clone()), KVPages(values, v.scales.transpose(1, 2).clone())
+
+
 def plain_values(half: KVPages) -> Tensor:
-    """The pages in float64, dequantized."""
+    """The pages of a cache of rows in float64, dequantized."""
     values = half.values.double()
     return values if half.scales is None else values * half.scales.double()[..., None]
 
 
 def plain_attention(case: Case) -> Tensor:
     """[T, H, D] float64."""
-    layout, (keys, values) = case.layout, (plain_values(half) for half in (case.k, case.v))
+    layout, (keys, values) = case.layout, (plain_values(half) for half in rows_of(case.k, case.v))
     group = case.q.shape[1] // keys.shape[2]
     out = []
     for row, queries in enumerate(layout.query_lens):

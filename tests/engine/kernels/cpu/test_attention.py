@@ -10,9 +10,8 @@ from torch import Tensor
 from engine.kernels.cpu.attention import CpuAttention
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Immediate, Recorder, StepArrays
-from engine.kernels.operators import QKNorm
+from engine.kernels.operators import AttentionLayout, QKNorm
 from engine.kernels.reference import ReferenceOperators
-from engine.kv.cache import KVPages
 from tests.engine.kernels.cpu.attention_cases import (
     Case,
     make_case,
@@ -20,6 +19,7 @@ from tests.engine.kernels.cpu.attention_cases import (
     plain_attention,
     random_cache,
     random_case,
+    rows_of,
 )
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
@@ -30,6 +30,11 @@ TOLERANCE = {F32: 2e-5, BF16: 2e-2}
 def attend(library: Library, case: Case, threads: int = 2) -> Tensor:
     attention = CpuAttention(Immediate(library, threads), case.layout)
     return attention.attend(case.q, case.k, case.v, scale=case.scale, window=case.window)
+
+
+def written(values: Tensor, layout: AttentionLayout) -> Tensor:
+    """Of a cache of rows, what is at the step's slots."""
+    return values.flatten(0, 1)[layout.slots]
 
 
 def check(found: Tensor, case: Case) -> None:
@@ -58,7 +63,7 @@ def test_bfloat16_is_as_accurate_as_its_rounding(library: Library, cache: torch.
 def test_a_long_context_is_cut_and_merged(library: Library) -> None:
     """Large scores far apart: the merge must weigh segments by their own maxima."""
     case = make_case([1, 3], [9000, 5000], dtype=F32)
-    case.k.values[:, :, :, :] *= torch.linspace(0.1, 8.0, len(case.k.values)).view(-1, 1, 1, 1)
+    case.k.values.mul_(torch.linspace(0.1, 8.0, len(case.k.values)).view(-1, 1, 1, 1, 1))
     check(attend(library, case, threads=1), case)
     assert torch.equal(attend(library, case, threads=3), attend(library, case, threads=1))
 
@@ -101,14 +106,16 @@ def test_a_sequence_does_not_depend_on_the_others_in_its_step(library: Library) 
 @pytest.mark.parametrize("page_tokens", [16, 64])
 def test_what_stale_slots_hold_does_not_matter(library: Library, dtype: torch.dtype, page_tokens: int) -> None:
     case = make_case([1, 33, 2], [77, 101, 5], dtype=dtype, page_tokens=page_tokens)
-    expected = attend(library, case)
-    used = torch.zeros(case.k.values.shape[:2], dtype=torch.bool)
-    for row, length in enumerate(case.layout.lens):
-        for position in range(length):
-            used[case.layout.page_table[row, position // page_tokens], position % page_tokens] = True
-    for half in (case.k, case.v):
-        half.values[~used] = math.nan
-    assert torch.equal(attend(library, case), expected)
+    qkv = torch.randn(sum(case.layout.lens), 8 * 64).to(dtype)
+    whole = make_layout(case.layout.lens, case.layout.lens, page_tokens)
+    found = []
+    for stale in (0.0, math.nan):
+        for half in (case.k, case.v):
+            half.values.fill_(stale)
+        CpuAttention(Immediate(library, 2), whole).write(qkv.clone(), None, case.k, case.v)
+        found.append(attend(library, case))
+    assert found[1].isfinite().all()
+    assert torch.equal(found[1], found[0])
 
 
 def test_what_is_not_finite_stays_with_its_own_sequence(library: Library) -> None:
@@ -127,7 +134,7 @@ def test_write_is_the_reference(library: Library, head_dim: int, dtype: torch.dt
     torch.manual_seed(0)
     layout = make_layout([5, 1, 1, 2], [5, 1, 100, 40], page_tokens=16)
     k, v = random_cache(20, 16, 2, head_dim, dtype)
-    expected_k, expected_v = KVPages(k.values.clone()), KVPages(v.values.clone())
+    expected_k, expected_v = rows_of(k, v)
     qkv = torch.randn(9, (6 + 4) * head_dim).to(dtype)
     rotary_dim = {"none": 0, "part": head_dim // 2, "all": head_dim}[rotary]
     angles = torch.rand(9, rotary_dim // 2) * 6
@@ -140,8 +147,9 @@ def test_write_is_the_reference(library: Library, head_dim: int, dtype: torch.dt
     # Sums in another order may round the other way: one unit of the last place.
     tolerance = {F32: {"atol": 1e-5, "rtol": 1e-5}, BF16: {"atol": 1e-6, "rtol": 2**-7}}[dtype]
     torch.testing.assert_close(found, expected, **tolerance)
-    torch.testing.assert_close(k.values, expected_k.values, **tolerance)
-    assert torch.equal(v.values, expected_v.values)
+    found_k, found_v = rows_of(k, v)
+    torch.testing.assert_close(found_k.values, expected_k.values, **tolerance)
+    assert torch.equal(written(found_v.values, layout), written(expected_v.values, layout))
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80])
@@ -151,30 +159,28 @@ def test_write_to_an_int8_cache_is_the_reference(library: Library, head_dim: int
     layout = make_layout([5, 1, 1, 2], [5, 1, 100, 40], page_tokens=16)
     k, v = random_cache(20, 16, 2, head_dim, INT8)
     assert k.scales is not None and v.scales is not None
-    expected_k, expected_v = (
-        KVPages(half.values.clone(), half.scales.clone()) for half in (k, v) if half.scales is not None
-    )
+    expected_k, expected_v = rows_of(k, v)
     qkv = (torch.randn(9, (6 + 4) * head_dim) * torch.logspace(-3, 3, 9)[:, None]).to(dtype)
     qkv[3] = 0
     ReferenceOperators().attention(layout).write(qkv.clone(), None, expected_k, expected_v)
     CpuAttention(Immediate(library, 2), layout).write(qkv, None, k, v)
-    for found, expected in ((k, expected_k), (v, expected_v)):
+    for found, expected in zip(rows_of(k, v), (expected_k, expected_v), strict=True):
         assert found.scales is not None and expected.scales is not None
         torch.testing.assert_close(found.scales, expected.scales, atol=0, rtol=1e-6)
-        difference = (found.values.int() - expected.values.int()).abs()
+        difference = (written(found.values, layout).int() - written(expected.values, layout).int()).abs()
         assert int(difference.max()) <= 1
         assert int(difference.count_nonzero()) <= 2, "only what lies halfway may go either way"
 
 
 def test_a_head_that_is_not_finite_does_not_become_a_number(library: Library) -> None:
-    layout = make_layout([1], [1], page_tokens=4)
-    k, v = random_cache(4, 4, 2, 8, INT8)
+    layout = make_layout([1], [1], page_tokens=16)
+    k, v = random_cache(4, 16, 2, 8, INT8)
     qkv = torch.randn(1, 6 * 8)
     qkv[0, 2 * 8 + 3], qkv[0, 4 * 8] = math.nan, math.inf
     CpuAttention(Immediate(library, 1), layout).write(qkv, None, k, v)
-    page, offset = divmod(int(layout.slots[0]), 4)
+    page, offset = divmod(int(layout.slots[0]), 16)
     assert k.scales is not None and v.scales is not None
-    assert k.scales[page, offset].isnan().tolist() == v.scales[page, offset].isnan().tolist() == [True, False]
+    assert k.scales[page, :, offset].isnan().tolist() == v.scales[page, :, offset].isnan().tolist() == [True, False]
 
 
 def test_a_program_attends_as_single_calls_do(native_library: Library) -> None:

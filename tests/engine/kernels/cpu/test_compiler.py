@@ -1,19 +1,25 @@
 """A start finds kernels or goes on without them, whatever the machine lacks; code of others is never run."""
 
+import ctypes
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from engine.build import build_engine
+from engine.config import EngineConfig, KVConfig
 from engine.kernels.cpu import compiler
 from engine.kernels.cpu.compiler import CompileError, compile_library, load_library
 from engine.kernels.cpu.library import Library, argument_types
+from engine.sampling_params import SamplingParams
+from engine.sequence import Request
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
@@ -228,3 +234,106 @@ def test_two_processes_that_start_together_both_get_the_library(source: Path, fo
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in started] == [str(len(argument_types()))] * 2
     assert only_file(folder).suffix == ".so"
+
+
+def age(path: Path, days: float) -> Path:
+    """Makes a file of the cache one that was last used so many days ago."""
+    used = time.time() - days * 86_400
+    os.utime(path, (used, used))
+    return path
+
+
+def pretend(folder: Path, number: int, days: float, suffix: str = "") -> Path:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"{'.' if suffix else ''}{number:032x}.so{suffix}"
+    path.write_bytes(b"an earlier library")
+    return age(path, days)
+
+
+def change(source: Path, what: str) -> None:
+    (source / "step.h").write_text(f"/* {what} */")
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A small number of libraries that are kept."""
+    monkeypatch.setattr(compiler, "NUM_KEPT", 3)
+    return compiler.NUM_KEPT
+
+
+def test_only_the_libraries_used_last_are_kept(source: Path, folder: Path, kept: int) -> None:
+    earlier = [pretend(folder, number, days=number) for number in range(1, 7)]
+    compile_library(source=source)
+    assert [path.exists() for path in earlier] == [True] * (kept - 1) + [False] * 4
+    assert len(list(folder.iterdir())) == kept
+
+
+def test_a_library_that_is_used_again_stays(source: Path, folder: Path, calls: Path, kept: int) -> None:
+    compile_library(source=source)
+    first = age(only_file(folder), days=100)
+    idle = [pretend(folder, number, days=number) for number in range(1, 4)]
+    compile_library(source=source)
+    assert compilations(calls) == 2
+    change(source, "a second version")
+    compile_library(source=source)
+    assert first.exists()
+    assert [path.exists() for path in idle] == [True, False, False]
+
+
+def test_what_another_process_may_be_about_to_load_stays(source: Path, folder: Path, kept: int) -> None:
+    fresh = [pretend(folder, number, days=0) for number in range(2 * kept)]
+    compile_library(source=source)
+    assert all(path.exists() for path in fresh)
+
+
+def test_what_others_put_there_and_what_is_being_written_is_left(source: Path, folder: Path, kept: int) -> None:
+    abandoned, writing = pretend(folder, 1, 2, ".77.123"), pretend(folder, 2, 0, ".78.456")
+    foreign = [folder / "notes.txt", folder / "libother.so"]
+    for path in foreign:
+        path.write_text("not ours")
+        age(path, days=1000)
+    compile_library(source=source)
+    assert all(path.exists() for path in (*foreign, writing))
+    assert not abandoned.exists()
+
+
+def test_a_removed_library_goes_on_working_where_it_is_loaded(
+    source: Path, folder: Path, calls: Path, kept: int
+) -> None:
+    loaded = compile_library(source=source)
+    first = age(only_file(folder), days=100)
+    for number in range(kept):
+        pretend(folder, number, days=1)
+    change(source, "a second version")
+    compile_library(source=source)
+    assert not first.exists()
+    ctypes.CFUNCTYPE(None)(loaded.operations["add"].address)()
+    (source / "step.h").unlink()
+    compile_library(source=source)
+    assert compilations(calls) == 6
+
+
+def test_processes_that_clear_the_cache_together_all_start(source: Path, folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from engine.kernels.cpu.compiler import compile_library; "
+        "print(len(compile_library(sys.argv[2], source=Path(sys.argv[1])).operations))"
+    )
+    for number in range(200):
+        pretend(folder, number, days=1 + number)
+    marches = ("x86-64", "x86-64-v2", "native") if os.uname().machine == "x86_64" else ("generic", "native")
+    commands = [[sys.executable, "-c", code, str(source), march] for march in marches]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    assert {process.communicate()[0].strip() for process in started} == {str(len(argument_types()))}
+    assert len(list(folder.iterdir())) == compiler.NUM_KEPT
+
+
+def test_an_engine_without_a_compiler_says_so_once_and_generates(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+    engine = build_engine(EngineConfig(threads=1, device="cpu", kv=KVConfig(memory=2**24), max_model_len=64))
+    engine.add(Request("one", (5, 6, 7), SamplingParams(max_tokens=4, ignore_eos=True)))
+    tokens = [token for _ in range(8) if engine.has_work() for event in engine.step() for token in event.token_ids]
+    assert len(tokens) == 4
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.startswith("no compiled kernels: /bin/false")

@@ -1,4 +1,4 @@
-"""Embedding rows, sums and activations agree with float64 for any width and any number of threads."""
+"""Embedding rows, taken rows, sums and activations agree with float64 for any width and any number of threads."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cpu.library import Library
-from engine.kernels.cpu.operators import ACTIVATIONS, DTYPES
+from engine.kernels.cpu.operators import ACTIVATIONS, DTYPES, CpuOperators
 from engine.kernels.cpu.program import Immediate, StepArrays
 
 SHAPES = [(1, 1), (1, 2050), (3, 7), (5, 64), (2, 4096), (33, 129)]
@@ -90,3 +90,13 @@ def test_embedding_takes_the_named_rows(library: Library, dtype: torch.dtype, fr
     fields = {"table": table, "from_positions": from_positions, "width": 33, "dtype": DTYPES[dtype], "y": y}
     Immediate(library, 2).emit("embed", step, **fields)
     assert torch.equal(y, table[ids])
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [[], [3], [0, 4, 5, 6], list(range(7))], ids=str)
+def test_taken_rows_are_those_named(library: Library, dtype: torch.dtype, rows: list[int]) -> None:
+    """Of rows that lie apart, as queries do beside their keys and values."""
+    merged = torch.randn(7, 5 * 33).to(dtype)
+    x = merged[:, : 3 * 33].unflatten(1, (3, 33))
+    taken = CpuOperators(Immediate(library, 2)).take_rows(x, torch.tensor(rows, dtype=torch.int64))
+    assert taken.is_contiguous() and torch.equal(taken, x[rows])

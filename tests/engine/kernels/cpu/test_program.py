@@ -83,6 +83,48 @@ def test_torch_may_do_a_part_of_a_program(library: Library) -> None:
     assert seconds.gt(0).all()
 
 
+def some_rows(operators: CpuOperators, x: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Operations on all tokens, then on those rows of two of their values."""
+    normed, total = operators.rms_norm(x, weight, 1e-5, x)
+    normed, total = (operators.take_rows(values, rows) for values in (normed, total))
+    return operators.add(operators.activate(normed, "silu"), total)
+
+
+def test_what_is_made_of_taken_rows_is_on_them_alone(library: Library) -> None:
+    weight = torch.rand(WIDTH)
+    recorder = Recorder(library, threads=2, capacity=CAPACITY)
+    x = recorder.empty(CAPACITY, WIDTH, dtype=torch.float32)
+    program = recorder.program(some_rows(CpuOperators(recorder), x, recorder.rows, weight), inputs=(x,))
+    for tokens, rows in ((9, [2, 5, 8]), (CAPACITY, [CAPACITY - 1]), (9, []), (3, [0, 1, 2]), (3, None)):
+        values = torch.randn(tokens, WIDTH)
+        index = torch.tensor(range(tokens) if rows is None else rows, dtype=torch.int64)
+        program.inputs[0][:tokens] = values
+        expected = some_rows(CpuOperators(Immediate(library, 2)), values, index, weight)
+        found = program.run(StepArrays(tokens), None if rows is None else StepArrays(len(index), rows=index))
+        assert found.shape == (len(index), WIDTH) and torch.equal(found, expected)
+
+
+def test_torch_is_given_the_taken_rows(library: Library) -> None:
+    recorder = Recorder(library, threads=1, capacity=CAPACITY)
+    x = recorder.empty(CAPACITY, WIDTH, dtype=torch.float32)
+    taken = CpuOperators(recorder).take_rows(x, recorder.rows)
+    seen: list[int] = []
+    recorder.call("count", lambda values: seen.append(len(values)), taken)
+    program = recorder.program(taken, inputs=(x,))
+    program.run(StepArrays(9), StepArrays(2, rows=torch.tensor([0, 4])))
+    assert seen == [2]
+
+
+def test_values_of_all_tokens_do_not_meet_those_of_taken_rows(library: Library) -> None:
+    recorder = Recorder(library, threads=1, capacity=CAPACITY)
+    operators = CpuOperators(recorder)
+    x = recorder.empty(CAPACITY, WIDTH, dtype=torch.float32)
+    doubled = operators.add(x, x)
+    taken = operators.take_rows(doubled, recorder.rows)
+    with pytest.raises(ValueError, match="add: some values are of all tokens and some of the wanted ones"):
+        operators.add(taken, doubled)
+
+
 def test_more_rows_than_the_capacity_are_refused(library: Library) -> None:
     program = record(library, torch.rand(WIDTH))
     with pytest.raises(ValueError, match="41 tokens in a step; the program was made for at most 40"):

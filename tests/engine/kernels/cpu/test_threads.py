@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,11 @@ def in_fresh_thread(work: Callable[[], T]) -> T:
 
 
 def affinities() -> dict[int, set[int]]:
-    return {int(task.name): os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()}
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # One that ends meanwhile.
+            found[int(task.name)] = os.sched_getaffinity(int(task.name))
+    return found
 
 
 def run_something(library: Library, threads: int) -> torch.Tensor:

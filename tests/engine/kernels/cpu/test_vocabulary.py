@@ -37,8 +37,8 @@ def test_the_largest_is_the_first_of_equals(library: Library, x: Tensor, padding
     strided = torch.cat((x, torch.full((len(x), padding), INF)), dim=1)[:, : x.shape[1]]
     values, ids = CpuReductions(library, 2).largest(strided)
     expected_values, expected_ids = sorted_by_rank(x, 1)
-    assert torch.equal(values, expected_values[:, 0])
-    assert torch.equal(ids, expected_ids[:, 0])
+    assert values == expected_values[:, 0].tolist()
+    assert ids == expected_ids[:, 0].tolist()
 
 
 @given(x=logits(), share=st.floats(0, 1))
@@ -77,7 +77,7 @@ def test_nan_is_reported_wherever_it_is(library: Library, place: int) -> None:
     x[1, place] = torch.nan
     reductions = CpuReductions(library, 2)
     values, ids = reductions.largest(x)
-    assert values.isnan().tolist() == [False, True, False]
+    assert [math.isnan(value) for value in values] == [False, True, False]
     assert ids[1] == place
     assert reductions.log_sum_exp(x).isnan().tolist() == [False, True, False]
     _, ids = reductions.k_largest(x, 130)
@@ -88,7 +88,7 @@ def test_infinite_rows(library: Library) -> None:
     reductions = CpuReductions(library, 1)
     x = torch.full((2, 200), -INF)
     x[1, 7] = INF
-    assert reductions.largest(x)[0].tolist() == [-INF, INF]
+    assert reductions.largest(x)[0] == [-INF, INF]
     assert reductions.k_largest(x, 3)[1].tolist() == [[0, 1, 2], [7, 0, 1]]
     sums = reductions.log_sum_exp(x)
     assert sums[0] == -INF
@@ -97,7 +97,7 @@ def test_infinite_rows(library: Library) -> None:
 
 def test_no_rows_give_no_results(native_library: Library) -> None:
     reductions = CpuReductions(native_library, 2)
-    assert [x.shape[0] for x in reductions.largest(torch.empty(0, 10))] == [0, 0]
+    assert reductions.largest(torch.empty(0, 10)) == ([], [])
     assert reductions.k_largest(torch.empty(0, 10), 3)[0].shape == (0, 3)
 
 

@@ -5,12 +5,14 @@ again: what is proved there is all but the kernels.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from engine.batch import SampleRow, Samples
 from engine.config import Quantization
 from engine.forward import EagerForward
 from engine.kernels import ReferenceOperators
@@ -28,6 +30,7 @@ from tests.engine.kernels.cuda.flash import flash_varlen
 from tests.engine.models import harness
 from tests.engine.models.harness import (
     CONFIGS,
+    GREEDY,
     NAN_BYTE,
     CountingForward,
     Pair,
@@ -160,6 +163,28 @@ def test_padding_writes_to_no_page_of_a_sequence(pair_of: Callable[[str], Pair])
     changed = (driver.cache.pages != before).flatten(1).any(1).nonzero().flatten().tolist()
     spare = driver.cache.num_pages - 1
     assert set(changed) - {spare} == {stream.pages[0] for stream in streams}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_that_nobody_samples_change_nothing(name: str, pair_of: Callable[[str], Pair]) -> None:
+    """A step without a wanted row, one with some, and a recorded decode of which one of two rows is wanted."""
+    pair, driver = pair_of(name), Driver(pair_of(name).path)
+    streams = [driver.start(random_tokens(40, seed=seed)) for seed in range(3)]
+
+    def step(work: list[tuple[Stream, int]], sampled: list[int]) -> None:
+        rows = [SampleRow(row, GREEDY, 0, 0, work[row][0].computed + work[row][1]) for row in sampled]
+        driver.runner.run(replace(driver.batch(work), samples=Samples.of(rows)))
+        for stream, count in work:
+            stream.computed += count
+        for index, row in enumerate(sampled):
+            stream = work[row][0]
+            expected = pair.expected(stream.tokens[: stream.computed])[-1]
+            assert near(driver.sampler.logits[-1][index], expected)
+
+    step([(streams[0], 9), (streams[1], 20)], [])
+    step([(streams[0], 1), (streams[1], 5), (streams[2], 12)], [0, 2])
+    step([(streams[0], 1), (streams[2], 1)], [1])
+    step([(streams[0], 1), (streams[1], 1), (streams[2], 1)], [0, 1, 2])
 
 
 def test_logits_of_some_rows_in_any_order(pair_of: Callable[[str], Pair]) -> None:
