@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ def reserve(num_bytes: int) -> Tensor:
 
     `torch.zeros` writes its zeros, which takes all of the memory at once and seconds for each gigabyte.
     """
+    return torch.frombuffer(_map(num_bytes), dtype=torch.uint8, count=num_bytes)
+
+
+def _map(num_bytes: int) -> mmap.mmap:
     length = max(num_bytes, 1)
     # Private: Python's default, shared memory, is counted against /dev/shm in containers.
     if hasattr(mmap, "MAP_ANONYMOUS"):
@@ -23,7 +28,7 @@ def reserve(num_bytes: int) -> Tensor:
         memory = mmap.mmap(-1, length)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)
+    return memory
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -36,3 +41,33 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     if torch.device(device).type != "cpu" or num_bytes < _LARGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
     return reserve(num_bytes).view(dtype).view(shape)
+
+
+class Recycler:
+    """`empty` for tensors that are needed one after another: memory comes back once no tensor lies in it.
+
+    The first write to a page of memory costs several times as much as any later one, above all on a virtual machine,
+    which may have to get it from its host.
+    """
+
+    def __init__(self, kept_bytes: int = 128 * 2**20) -> None:
+        """Blocks are kept, used or not, up to `kept_bytes` together; larger ones go as their tensors go."""
+        self._kept_bytes = kept_bytes
+        self._blocks: list[mmap.mmap] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if torch.device(device).type != "cpu" or num_bytes < _LARGE_BYTES:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.frombuffer(self._block(num_bytes), dtype=dtype, count=math.prod(shape)).view(shape)
+
+    def _block(self, num_bytes: int) -> mmap.mmap:
+        """Of at most twice as many bytes: a tensor that stays must not hold much more than it needs."""
+        for block in self._blocks:
+            # A tensor holds a reference to its block; the others are the list's, this loop's and the call's.
+            if num_bytes <= len(block) <= 2 * num_bytes and sys.getrefcount(block) == 3:
+                return block
+        block = _map(num_bytes)
+        if sum(map(len, self._blocks)) + num_bytes <= self._kept_bytes:
+            self._blocks.append(block)
+        return block

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from engine.memory import empty
+from engine.memory import Recycler
 from engine.models.pieces import Piece, Run
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
@@ -101,13 +101,14 @@ class Parameters(MutableMapping[str, Weight]):
         self._entries: dict[str, Weight | _Unread] = {
             name: _Unread(parts, shapes[name], form.kind(name, spec)) for name, parts in by_target.items()
         }
+        self._memory = Recycler()
         self.bytes_read = 0
         """Of all parameters that have been read, as they are held."""
 
     def __getitem__(self, name: str) -> Weight:
         entry = self._entries[name]
         if isinstance(entry, _Unread):
-            entry = self._entries[name] = _read_parameter(self._checkpoint, entry, self._form)
+            entry = self._entries[name] = _read_parameter(self._checkpoint, entry, self._form, self._memory)
             self.bytes_read += weight_bytes(entry)
         return entry
 
@@ -127,7 +128,7 @@ class Parameters(MutableMapping[str, Weight]):
         return len(self._entries)
 
 
-def _read_parameter(checkpoint: Checkpoint, unread: _Unread, form: Form) -> Weight:
+def _read_parameter(checkpoint: Checkpoint, unread: _Unread, form: Form, memory: Recycler) -> Weight:
     if form.layout is not None:
         quantized = [_is_quantized(checkpoint, piece, form.layout) for piece in unread.pieces]
         if all(quantized):
@@ -138,12 +139,12 @@ def _read_parameter(checkpoint: Checkpoint, unread: _Unread, form: Form) -> Weig
                 f"is not quantized, yet {unread.pieces[quantized.index(True)].source!r} is; they are one layer here",
             )
     if unread.kind == "dense":
-        return _read_dense(checkpoint, unread, form.dtype, form.device)
+        return _read_dense(checkpoint, unread, memory.empty(unread.shape, form.dtype, form.device))
     with Workers() as workers:
         rows = _rows(unread.kind, unread.shape, form, workers)
         if any(piece.transposed for piece in unread.pieces):
             # A row's scale needs the whole row, and the file's rows are our columns.
-            rows.put(0, _read_dense(checkpoint, unread, torch.float32, "cpu"))
+            rows.put(0, _read_dense(checkpoint, unread, memory.empty(unread.shape, torch.float32)))
         else:
             for piece in unread.pieces:
                 _fill(checkpoint, piece, rows)
@@ -156,12 +157,12 @@ def _rows(kind: Literal["int8", "int4"], shape: tuple[int, ...], form: Form, wor
     return Int4Rows.empty(shape, form.group, form.shares, form.device, workers)
 
 
-def _read_dense(checkpoint: Checkpoint, unread: _Unread, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    weight = empty(unread.shape, dtype, device)
+def _read_dense(checkpoint: Checkpoint, unread: _Unread, weight: Tensor) -> Tensor:
+    """Into `weight`, which may hold anything."""
     for piece in unread.pieces:
         if piece.transposed:
             _fill_columns(checkpoint, piece, weight)
-        elif weight.device.type == "cpu" and checkpoint.dtype(piece.source) == dtype:
+        elif weight.device.type == "cpu" and checkpoint.dtype(piece.source) == weight.dtype:
             for run in piece.runs:
                 checkpoint.read_into(piece.source, run, weight[run.target : run.target + run.rows])
         else:

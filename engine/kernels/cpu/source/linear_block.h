@@ -60,9 +60,10 @@ INLINE void multiply_rows(multiply_add *add, int64_t rows, int64_t tail, const s
         x[i] = block->x + 3 * i * x_stride;
     }
     for (int64_t unit = 0; unit < units; unit++) {
-        __builtin_prefetch(ahead, 0, 2);
+        /* Into the first cache: a short panel is still there in its turn, a long one has moved to the second. */
+        __builtin_prefetch(ahead, 0, 3);
         if (ahead_step > CACHE_LINE) {
-            __builtin_prefetch(ahead + CACHE_LINE, 0, 2);
+            __builtin_prefetch(ahead + CACHE_LINE, 0, 3);
         }
         multiply_unit(add, rows, 4, x, x_stride, weight, sums);
 #pragma GCC unroll 4

@@ -160,7 +160,7 @@ INLINE void walk_groups(int64_t dtype, int64_t rows, int64_t span, struct walk *
     for (int64_t step = 0; step < steps; step++) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < 2 * span; i++) {
-            __builtin_prefetch(ahead + i * STEP_BYTES / 2, 0, 2);
+            __builtin_prefetch(ahead + i * STEP_BYTES / 2, 0, 3);
         }
         ahead += span * block->ahead_step;
         multiply_step(dtype, rows, span, weight, x, block->x_stride, sums);
