@@ -5,7 +5,7 @@
 | batch | 32 (16 for a large model), U(16, 256) in and out, all at once | output tokens/s |
 | stream | one, 32 in, 128 out | tokens/s after the first |
 | prefill | one, 2,048 in, 1 out | prompt tokens/s up to the first token |
-| long | 8 at once, 8,192 in, 192 out | tokens/s while all eight decode |
+| long | 8 at once, 8,192 in, 192 out; at 16 bits alone, since it is about keys and values | tokens/s while all decode |
 
 Lengths are the same in every round and token ids are not, so that no cache of prefixes could answer.
 """
@@ -48,6 +48,12 @@ class Measure:
     lengths: Callable[[bool], list[tuple[int, int]]]
     """Whether the model is large -> (prompt tokens, output tokens) of every request; none if it is not measured."""
     value: Callable[[Sequence[Item], Timeline], float]
+    least_bits: int = 4
+    """Of the weights; with fewer it is not measured."""
+
+    def lengths_at(self, bits: int, *, large: bool) -> list[tuple[int, int]]:
+        """`lengths`, none where it is not measured."""
+        return self.lengths(large) if bits >= self.least_bits else []
 
 
 def items(measure: Measure, *, large: bool, vocab_size: int, seed: int) -> list[Item]:
@@ -90,7 +96,7 @@ MEASURES = {
         Measure("batch", "batch", _batch, throughput),
         Measure("stream", "one stream", lambda large: [(32, 128)], decode_rate),
         Measure("prefill", "prefill 2,048", lambda large: [(2048, 1)], prefill_rate),
-        Measure("long", "8 x 8,192", lambda large: [] if large else [(8192, 192)] * 8, decode_rate),
+        Measure("long", "8 x 8,192", lambda large: [] if large else [(8192, 192)] * 8, decode_rate, least_bits=16),
     )
 }
 START = "start"

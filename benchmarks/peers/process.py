@@ -31,7 +31,7 @@ class Worker:
     def __init__(self, name: str, python: Path, load: dict[str, Any], *, log: Path, timeout: float) -> None:
         """Returns when the engine has loaded and answered a first short request."""
         self.name, self._log, self._timeout = name, log, timeout
-        self._received, self._is_failed = b"", False
+        self._received, self._is_failed, self._is_frozen = b"", False, False
         began = time.perf_counter()
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
@@ -62,6 +62,7 @@ class Worker:
     def close(self) -> None:
         """Ends the worker and whatever it started."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._freeze(False)
         with suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.stdin.close()
             self._process.wait(timeout=0.0 if self._is_failed else _LEAVE_SECONDS)
@@ -85,8 +86,16 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _freeze(self, is_frozen: bool) -> None:
+        """Between orders: some engines poll while they wait, and would take that time from the one that runs."""
+        if is_frozen != self._is_frozen:
+            self._is_frozen = is_frozen
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGSTOP if is_frozen else signal.SIGCONT)
+
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
+        self._freeze(False)
         try:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
@@ -95,6 +104,7 @@ class Worker:
         answer: dict[str, Any] = json.loads(self._line())
         if "error" in answer:
             raise self._failed(answer["error"])
+        self._freeze(True)
         return answer
 
     def _line(self) -> bytes:

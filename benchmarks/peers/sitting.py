@@ -95,7 +95,7 @@ def run_group(plan: Plan, model: Path, bits: int, say: Callable[[str], None]) ->
         workers = {}
         for entry in group.entries:
             say(f"{group.model} {bits} bits  starting {entry.engine}")
-            worker = _start(plan, entry, model, facts, logs)
+            worker = _start(plan, entry, model, bits, facts, logs)
             if worker is not None:
                 workers[entry.engine] = stack.enter_context(worker)
             else:
@@ -107,13 +107,14 @@ def run_group(plan: Plan, model: Path, bits: int, say: Callable[[str], None]) ->
     return group
 
 
-def _start(plan: Plan, entry: Entry, model: Path, facts: ModelFacts, logs: Path) -> Worker | None:
+def _start(plan: Plan, entry: Entry, model: Path, bits: int, facts: ModelFacts, logs: Path) -> Worker | None:
     """A loaded engine; None, with the entry's problem filled in, if it cannot be had."""
     python = interpreter(entry.engine)
     if python is None:
         entry.problem = f"{entry.engine} is not installed: run python -m benchmarks.peers.install {entry.engine}"
         return None
-    measured = [MEASURES[name].lengths(facts.is_large(LARGE_PARAMETERS)) for name in plan.measures if name in MEASURES]
+    large = facts.is_large(LARGE_PARAMETERS)
+    measured = [MEASURES[name].lengths_at(bits, large=large) for name in plan.measures if name in MEASURES]
     lengths = [[sum(pair) for pair in pairs] for pairs in measured if pairs] or [[64]]
     most_tokens = max(sum(each) for each in lengths)
     try:
@@ -144,7 +145,7 @@ def _measure(
 ) -> None:
     """All rounds of one measure, the engines by turns; one that fails is closed and leaves `workers`."""
     large = facts.is_large(LARGE_PARAMETERS)
-    if not measure.lengths(large):
+    if not measure.lengths_at(group.bits, large=large):
         return
     for number in range(1, plan.rounds + 1):
         requests = items(measure, large=large, vocab_size=facts.vocab_size, seed=number)

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def start(folder: Path, timeout: float = 60.0, **changes: Any) -> Worker:
     return Worker("fake", Path(sys.executable), LOAD | changes, log=folder / "fake.log", timeout=timeout)
+
+
+def test_a_worker_and_its_children_take_no_time_while_others_run(fake: Path) -> None:
+    with start(fake) as worker:
+        child = worker.run([Item((5, 6), 3)]).outputs[0][0]
+        deadline = time.monotonic() + 10
+        while "State:\tT (stopped)" not in Path(f"/proc/{child}/status").read_text():
+            assert time.monotonic() < deadline, "it goes on"
+            time.sleep(0.01)
+        assert worker.run([Item((5, 6), 3)]).outputs[0][0] == child
 
 
 def test_a_worker_answers_with_times_and_tokens_whatever_else_is_printed(fake: Path) -> None:

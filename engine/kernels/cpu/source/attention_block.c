@@ -12,27 +12,34 @@ static const float no_score = -1e30f, hidden_score = -3e38f;
  * and so bear nothing. */
 static const float tolerated = 8.0f;
 
-/* 2^x for x up to 127, and 2^-126 below that; NaN stays NaN. The exponent is x to the nearest whole number, which adding
- * `shift` leaves in the lowest bits, and what is left, up to 1/2 to both sides, goes through a minimax polynomial: with a
- * relative error below 3e-7 if `precise`, else 3e-6, which words of fewer than 24 bits round away. */
-INLINE vf power_of_two(bool precise, vf x) {
-    const float shift = 0x1.8p23f + 127, smallest = -126.0f;
-    x = vf_max(vf_set(smallest), x);
-    const vf shifted = x + shift, r = x - (shifted - shift);
-    vf p;
+/* 2^r for r up to 1/2 to both sides: a minimax polynomial with a relative error below 3e-7 if `precise`, else 3e-6, which
+ * words of fewer than 24 bits round away. */
+INLINE vf power_of_fraction(bool precise, vf r) {
     if (precise) {
-        p = vf_fma(r, vf_set(0.00132647273f), vf_set(0.00967151299f));
+        vf p = vf_fma(r, vf_set(0.00132647273f), vf_set(0.00967151299f));
         p = vf_fma(r, p, vf_set(0.0555073359f));
         p = vf_fma(r, p, vf_set(0.240222424f));
         p = vf_fma(r, p, vf_set(0.693147004f));
-        p = vf_fma(r, p, vf_set(1.0f));
-    } else {
-        p = vf_fma(r, vf_set(0.0095701f), vf_set(0.05591786f));
-        p = vf_fma(r, p, vf_set(0.24024745f));
-        p = vf_fma(r, p, vf_set(0.69312181f));
-        p = vf_fma(r, p, vf_set(0.99999926f));
+        return vf_fma(r, p, vf_set(1.0f));
     }
-    return p * (vf)((vi)shifted << 23);
+    vf p = vf_fma(r, vf_set(0.0095701f), vf_set(0.05591786f));
+    p = vf_fma(r, p, vf_set(0.24024745f));
+    p = vf_fma(r, p, vf_set(0.69312181f));
+    return vf_fma(r, p, vf_set(0.99999926f));
+}
+
+/* 2^x for x up to 127; far below the range of floats it is 0 or 2^-126, and NaN stays NaN. The exponent is x to the
+ * nearest whole number; `precise` is about what is left. */
+INLINE vf power_of_two(bool precise, vf x) {
+#ifdef VECTOR_AVX512
+    const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_scalef_ps((__m512)power_of_fraction(precise, x - n), (__m512)n);
+#else
+    const float shift = 0x1.8p23f + 127, smallest = -126.0f;    /* adding it leaves 127 + n in the lowest bits */
+    x = vf_max(vf_set(smallest), x);
+    const vf shifted = x + shift;
+    return power_of_fraction(precise, x - (shifted - shift)) * (vf)((vi)shifted << 23);
+#endif
 }
 
 void begin_states(const struct shape *shape, float *states, float *sums) {

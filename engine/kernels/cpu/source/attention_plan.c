@@ -66,7 +66,8 @@ static struct tile bounds(const struct plan *plan) {
     tile.end = tile.position + tile.queries;
     const int64_t keys = tile.end - tile.begin;
     const int64_t even = divide_up(divide_up(keys, MOST_SEGMENTS), KEY_BLOCK) * KEY_BLOCK;
-    tile.segment = at_least(LEAST_SEGMENT, even);
+    const bool heavy = tile.queries * plan->args->heads > LIGHT_ROWS * plan->args->kv_heads;
+    tile.segment = at_least(heavy ? LEAST_HEAVY_SEGMENT : LEAST_SEGMENT, even);
     tile.segments = divide_up(keys, tile.segment);
     return tile;
 }

@@ -18,6 +18,7 @@ enum {
     TILE_ROWS = 96,                 /* rows (queries * heads of a group) of a tile at most, or one whole group */
     LIGHT_ROWS = 16,                /* up to so many rows, reading the keys takes longer than the arithmetic */
     LEAST_SEGMENT = 512,            /* keys */
+    LEAST_HEAVY_SEGMENT = 2048,     /* of more than LIGHT_ROWS rows: their tiles are many, and merging costs by the row */
     MOST_SEGMENTS = 16,
 };
 
