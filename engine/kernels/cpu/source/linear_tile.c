@@ -26,6 +26,11 @@ static void multiply_chunk(struct block block, int64_t rows, const char *next) {
         block.x_sums = first.x_sums == NULL ? NULL : first.x_sums + begin * product->units;
         block.sums = first.sums + begin * PANEL;
         block.ahead = next == NULL ? block.weight : next + i * lines * block.ahead_step;
+        if (blocks == 1) {
+            /* Used once, the weight is one stream from panel to panel: what comes soon is what must be fetched. */
+            block.ahead = block.weight + SINGLE_AHEAD;
+            block.ahead_step = STEP_BYTES;
+        }
         product->multiply(&block);
     }
 }

@@ -19,6 +19,7 @@ enum {
     PANEL_VECTORS = PANEL / VF,
     INT4_STEP = 8,                  /* channels of int4 in a step */
     TILE_ROWS = 96,                 /* at 4096 channels 768 KB of x: it stays in the second cache from panel to panel */
+    SINGLE_AHEAD = 4096,            /* bytes, of a tile of one block; best of 1.5, 4 and 16 KB */
     CHUNK_BYTES = 1024 * STEP_BYTES /* a chunk, and the one that is fetched ahead, stay in the second cache as well */
 };
 
