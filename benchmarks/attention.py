@@ -128,9 +128,7 @@ def ours(
     return partial(program.run, StepArrays(len(q), layout=layout))
 
 
-def torchs(
-    layout: AttentionLayout, work: Work, q: Tensor, pages: tuple[KVPages, KVPages], scale: float
-) -> Callable[[], Tensor]:
+def torchs(work: Work, q: Tensor, pages: tuple[KVPages, KVPages], scale: float) -> Callable[[], Tensor]:
     """SDPA in its fastest form: decodes with a group's heads on the query axis, chunks with keys repeated for them."""
     heads, head_dim = q.shape[1:]
     keys, values = (
@@ -177,7 +175,7 @@ def measure(library: Library, model: str, cache: str, work: Work, arguments: arg
         (
             ours(library, arguments.threads, layout, q, pages, spec.scale),
             block.sum,
-            torchs(layout, work, q, pages, spec.scale),
+            torchs(work, q, pages, spec.scale),
         ),
         arguments.seconds,
     )

@@ -13,11 +13,11 @@ from pathlib import Path
 from deployments.cli.errors import CommandError, ExitCode
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.models.directory import CONFIG, find_family, find_quantization, read_json
+from engine.models.directory import CONFIG, check_scheme, find_family, find_quantization, read_json
 from engine.models.families import Family
 from engine.models.pieces import Piece
 from engine.models.source import resolve_model
-from engine.quant.plan import GROUPS, fitting_groups, is_layer_linear
+from engine.quant.plan import group_obstacle, is_layer_linear
 
 _CUDA_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _CUDA_SUCCESS = 0
@@ -79,16 +79,11 @@ def _check_device(config: EngineConfig) -> None:
 
 def _check_quantization(path: Path, family: Family, config: EngineConfig) -> None:
     layout = find_quantization(path)
-    if config.quantization in ("auto", "fp8"):
+    if config.quantization == "auto" or config.quantization == "fp8":
         return
-    if layout is None:
-        if config.quantization == "w4a16":
-            _check_group(path, family, config.quantization_group)
-    elif layout.scheme != config.quantization:
-        raise ModelError(
-            f"{path / CONFIG}: the checkpoint is quantized already, to {layout.scheme}; it cannot be loaded as "
-            f"{config.quantization}: leave quantization at auto, or use the full checkpoint"
-        )
+    check_scheme(path, layout, config.quantization)
+    if layout is None and config.quantization == "w4a16":
+        _check_group(path, family, config.quantization_group)
 
 
 def _check_group(path: Path, family: Family, group: int) -> None:
@@ -96,13 +91,8 @@ def _check_group(path: Path, family: Family, group: int) -> None:
     layers = list(_layer_linears(path, family))
     columns = [piece.shape[0 if piece.transposed else 1] for _, piece in layers]
     for (file, piece), number in zip(layers, columns, strict=True):
-        if number % group:
-            fitting = " or ".join(map(str, fitting_groups(columns)))
-            remedy = f"a group of {fitting} fits every layer" if fitting else f"no group of {GROUPS} fits: use w8a8"
-            raise ModelError(
-                f"{file}: tensor {piece.source!r} has shape {piece.shape}: {number} input channels are no multiple "
-                f"of the group of {group}; {remedy}"
-            )
+        if obstacle := group_obstacle(group, number, columns):
+            raise ModelError(f"{file}: tensor {piece.source!r} has shape {piece.shape}: {obstacle}")
 
 
 def _layer_linears(path: Path, family: Family) -> Iterator[tuple[Path, Piece]]:

@@ -37,10 +37,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     A block that the allocator has just got from the system is paid for page by page as it is first written to, which
     in small pages takes longer than to read as much from the page cache.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or num_bytes < _LARGE_BYTES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return reserve(num_bytes).view(dtype).view(shape)
+    return Recycler(kept_bytes=0).empty(shape, dtype, device)
 
 
 class Recycler:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deployments.cli.errors import CommandError, ExitCode
+from engine.quant.plan import GROUPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from engine.quant.smooth import Scaling
 
 SCHEMES = ("w8a8", "w4a16")
-GROUPS = (32, 64, 128)
 
 
 def quantize(

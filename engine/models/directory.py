@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.models.families import Family, family_of, supported_architectures
-from engine.quant.config import CheckpointFormat, UnsupportedQuantization, read_quantization
+from engine.quant.config import CheckpointFormat, Scheme, UnsupportedQuantization, read_quantization
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -60,3 +60,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_scheme(path: Path, layout: CheckpointFormat | None, scheme: Scheme | None) -> None:
+    """Raises ModelError where a checkpoint that is quantized already is asked for in another form."""
+    if layout is not None and scheme is not None and layout.scheme != scheme:
+        raise ModelError(
+            f"{path / CONFIG}: the checkpoint is quantized already, to {layout.scheme}; it cannot be loaded as "
+            f"{scheme}: leave quantization at auto, or use the full checkpoint"
+        )

@@ -15,12 +15,12 @@ from engine.config import Auto, DType
 from engine.errors import ModelError
 from engine.kernels import Operators, ReferenceOperators
 from engine.models.decoder import Decoder
-from engine.models.directory import CONFIG, find_family, find_quantization
+from engine.models.directory import CONFIG, check_scheme, find_family, find_quantization
 from engine.models.families import Family, UnsupportedConfig
 from engine.models.parameters import Form, Parameters
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
-from engine.quant.config import CheckpointFormat, Scheme
+from engine.quant.config import Scheme
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +67,7 @@ def load_parameters(
     family = find_family(path)
     layout = find_quantization(path)
     scheme = None if quantization == "auto" else quantization
-    _check_scheme(path, layout, scheme)
+    check_scheme(path, layout, scheme)
     spec, config = _read_spec(path, family)
     run_dtype = _run_dtype(dtype, config, path, torch.device(device))
     checkpoint = Checkpoint(path)
@@ -88,14 +88,6 @@ def load_model(
     """A decoder of what `load_parameters` loads, on the reference operators unless others are given."""
     loaded = load_parameters(path, dtype, device, quantization=quantization, group=group)
     return Decoder(loaded.spec, loaded.parameters, operators or ReferenceOperators(), loaded.dtype)
-
-
-def _check_scheme(path: Path, layout: CheckpointFormat | None, scheme: Scheme | None) -> None:
-    if layout is not None and scheme is not None and layout.scheme != scheme:
-        raise ModelError(
-            f"{path / CONFIG}: the checkpoint is quantized already, to {layout.scheme}; it cannot be loaded as "
-            f"{scheme}: leave quantization at auto, or use the full checkpoint"
-        )
 
 
 def _read_spec(path: Path, family: Family) -> tuple[ModelSpec, dict[str, Any]]:

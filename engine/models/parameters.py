@@ -21,7 +21,7 @@ from engine.models.weights import Checkpoint
 from engine.quant.config import CheckpointFormat, Scheme
 from engine.quant.formats import QuantizedLinear, is_quantized, read_linear, tensor_names
 from engine.quant.merge import Part, Unmergeable, merge
-from engine.quant.plan import GROUPS, Kind, fitting_groups, is_layer_linear, kind_of
+from engine.quant.plan import Kind, group_obstacle, is_layer_linear, kind_of
 from engine.quant.quantize import QUICK, Int4Rows, Int8Rows
 from engine.quant.weights import Int4Weight, Int8Weight, Weight, weight_bytes
 from engine.quant.workers import Workers
@@ -225,14 +225,8 @@ def check_groups(checkpoint: Checkpoint, pieces: Collection[Piece], group: int) 
     """Raises ModelError, naming the groups that would do, unless these divide the input channels of every layer."""
     columns = {piece.source: _linear(piece).columns for piece in pieces}
     for piece in pieces:
-        if columns[piece.source] % group:
-            fitting = " or ".join(map(str, fitting_groups(columns.values())))
-            remedy = f"a group of {fitting} fits every layer" if fitting else f"no group of {GROUPS} fits: use w8a8"
-            raise checkpoint.error(
-                piece.source,
-                f"has shape {piece.shape}: {columns[piece.source]} input channels are no multiple of the group of "
-                f"{group}; {remedy}",
-            )
+        if obstacle := group_obstacle(group, columns[piece.source], columns.values()):
+            raise checkpoint.error(piece.source, f"has shape {piece.shape}: {obstacle}")
 
 
 def is_saved_constant(name: str) -> bool:

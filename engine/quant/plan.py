@@ -38,6 +38,15 @@ def kind_of(parameter: str, spec: ModelSpec, scheme: Scheme | None) -> Kind:
     return _LINEAR_KIND[scheme] if is_layer_linear(parameter) else "dense"
 
 
+def group_obstacle(group: int, columns: int, all_columns: Iterable[int]) -> str | None:
+    """Why a layer of so many input channels cannot have this group, and which groups would do; None if it can."""
+    if columns % group == 0:
+        return None
+    fitting = " or ".join(map(str, fitting_groups(all_columns)))
+    remedy = f"a group of {fitting} fits every layer" if fitting else f"no group of {GROUPS} fits: use w8a8"
+    return f"{columns} input channels are no multiple of the group of {group}; {remedy}"
+
+
 def fitting_groups(columns: Iterable[int]) -> tuple[int, ...]:
     """Of `GROUPS`, those that divide every number of input channels."""
     numbers = set(columns)

@@ -20,8 +20,8 @@ static int64_t num_queries(const struct plan *plan, int64_t sequence) {
     return plan->step->cu_seq_q[sequence + 1] - plan->step->cu_seq_q[sequence];
 }
 
-static bool is_light(const struct plan *plan, int64_t sequence) {
-    return num_queries(plan, sequence) * plan->args->heads <= LIGHT_ROWS * plan->args->kv_heads;
+static bool are_light(const struct attend *args, int64_t queries) {
+    return queries * args->heads <= LIGHT_ROWS * args->kv_heads;
 }
 
 static int64_t cost(const struct plan *plan, const struct tile *tile) {
@@ -42,7 +42,7 @@ static bool next_sequence(struct plan *plan) {
             continue;
         }
         const int64_t queries = num_queries(plan, plan->sequence);
-        if (queries > 0 && is_light(plan, plan->sequence) == plan->light) {
+        if (queries > 0 && are_light(plan->args, queries) == plan->light) {
             plan->tiles = divide_up(queries, tile_queries(plan->args));
             return true;
         }
@@ -66,8 +66,7 @@ static struct tile bounds(const struct plan *plan) {
     tile.end = tile.position + tile.queries;
     const int64_t keys = tile.end - tile.begin;
     const int64_t even = divide_up(divide_up(keys, MOST_SEGMENTS), KEY_BLOCK) * KEY_BLOCK;
-    const bool heavy = tile.queries * plan->args->heads > LIGHT_ROWS * plan->args->kv_heads;
-    tile.segment = at_least(heavy ? LEAST_HEAVY_SEGMENT : LEAST_SEGMENT, even);
+    tile.segment = at_least(are_light(plan->args, tile.queries) ? LEAST_SEGMENT : LEAST_HEAVY_SEGMENT, even);
     tile.segments = divide_up(keys, tile.segment);
     return tile;
 }

@@ -1,6 +1,6 @@
 /* The way of keys and values into their pages: norm and rotation of each head in float32, one rounding, and the store.
  * Knows nothing of how attention reads them but the layout of a page. */
-#include "attention_plan.h"
+#include "attention.h"
 #include "vector.h"
 
 /* Root mean square norm (Zhang & Sennrich, 2019) over one head. */
@@ -179,7 +179,7 @@ OPERATION(write_kv) {
     const int64_t shares = 4;                   /* of each thread, if no other one helps it */
     const int64_t count = step->tokens / (shares * team->size) + 1;
     for (int64_t begin = team_take(team, count); begin < step->tokens; begin = team_take(team, count)) {
-        const int64_t end = next_group(step, at_most(step->tokens, begin + count));
+        const int64_t end = next_group(step, begin + count < step->tokens ? begin + count : step->tokens);
         for (int64_t token = next_group(step, begin); token < end; token++) {
             if (args->dtype == F32) {
                 write_token(args, step, token, F32);
