@@ -258,12 +258,14 @@ class Int4Linear(PackedLinear):
         return y
 
     def _pack(self, weight: Int4Weight) -> Tensor:
-        layer = self._layer
-        groups, header_steps = weight.scale.shape[1], 2 if self._zeros else 1
-        packed = reserve(layer.panels * groups * (header_steps + self._group // 8) * PANEL * 4)
-        values, scale = weight.packed.contiguous(), weight.scale.to(torch.float32).contiguous()
+        layer, library = self._layer, self._layer.target.library
+        size = library.function("packed_int4_bytes")
+        size.restype = ctypes.c_int64
+        size.argtypes = [ctypes.c_int64] * 5
+        packed = reserve(size(layer.columns, self._group, layer.out, layer.gated, self._zeros))
+        values, scale = weight.packed.contiguous(), _half(weight.scale)
         zero = None if weight.zero is None else weight.zero.contiguous()
-        pack = layer.target.library.function("pack_int4")
+        pack = library.function("pack_int4")
         pack.restype = None
         pack.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 5, ctypes.c_void_p]
         pack(
@@ -278,6 +280,14 @@ class Int4Linear(PackedLinear):
             packed.data_ptr(),
         )
         return packed
+
+
+def _half(scale: Tensor) -> Tensor:
+    """Scales in float16, as the checkpoints' own are; those of bfloat16 are exact above 6e-5. Raises ValueError."""
+    half = scale.to(torch.float16).contiguous()
+    if not bool(torch.isfinite(half).all()):
+        raise ValueError(f"a scale of an int4 weight is {scale.abs().max():g}: at most 65,504 is held")
+    return half
 
 
 def panel_order(columns: Tensor, *, gated: bool) -> Tensor:

@@ -49,9 +49,10 @@ struct linear_int8 {
 };
 OPERATION(linear_int8);
 
-/* The same with an int4 weight. Each panel is a run of groups: a step with the scales of the columns, with zero points
- * a step with (8 - zero) * scale, both float32, and then a step for every 8 input channels: of each column two halves
- * of 16 bits, the four even channels and the four odd ones, low bits first. */
+/* The same with an int4 weight. Each panel is a run of bundles of 4 groups, the last of which may have fewer: their
+ * scales in float16; with zero points, of each column 8 - zero in int8; and their steps by turns, the first of each
+ * group, the second of each and so on. A step holds 8 input channels: of each column two halves of 16 bits, the four even
+ * channels and the four odd ones, low bits first. */
 struct linear_int4 {
     const void *x;                  /* [tokens, in]; rows x_stride elements apart */
     int64_t x_stride;

@@ -14,7 +14,8 @@ enum {
 #endif
     EXACT_ROWS = 2,                 /* for float32 x, which is there for comparisons rather than for speed */
     ROW_GROUPS = 4,
-    MAX_SPAN = 4,                   /* groups at once */
+    REGISTER_ROWS = 2,
+    MAX_SPAN = INT4_BUNDLE,         /* groups at once */
     PAIRS = INT4_STEP / 2,          /* of channels, in a step */
     OWN_SUMS = 256                  /* as many a thread computes sooner than it waits for the others */
 };
@@ -22,6 +23,9 @@ enum {
 /* -8 to -1 and 0 to 7 in bfloat16. */
 #define NEGATIVE 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80
 #define POSITIVE 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0
+
+/* Of one row, in a panel's sums. */
+typedef vf vf_sums __attribute__((may_alias));
 
 /* Two consecutive channels of VF columns. */
 struct pair {
@@ -73,45 +77,59 @@ INLINE vf add_pair(int64_t dtype, vf sums, const char *x, struct pair pair) {
     return vf_fused(vf_set(channel(dtype, x, 1)), pair.odd, vf_fused(vf_set(channel(dtype, x, 0)), pair.even, sums));
 }
 
-/* A block of rows on its way through a panel. */
+/* A block of rows at one bundle of a panel. */
 struct walk {
     const struct block *block;
-    int64_t unit;                   /* the group that comes next */
-    const char *weight;             /* of this group */
-    const char *x;
+    int64_t count;                  /* groups of the bundle */
+    const char *bundle;
+    const char *x;                  /* the first row, at the first group */
+    const float *x_sums;            /* likewise, or NULL */
     const char *ahead;
 };
 
-/* total = total + sums * scale (+ x_sum * shift) for one group. */
-INLINE void add_group(
-    int64_t rows, vf sums[][PANEL_VECTORS], const struct block *block, int64_t unit, const char *weight) {
-    const float *scales = (const float *)weight, *x_sums = block->x_sums;
+/* What the zero points of group `index` of the bundle add: (8 - zero) times the sum of x. */
+INLINE void begin_group(int64_t rows, vf sums[][PANEL_VECTORS], const struct walk *walk, int64_t index) {
+    if (walk->x_sums == NULL) {
+        memset(sums, 0, (size_t)rows * sizeof *sums);
+        return;
+    }
+    const int8_t *shifts = (const int8_t *)walk->bundle + 2 * PANEL * walk->count + index * PANEL;
 #pragma GCC unroll 4
     for (int64_t j = 0; j < PANEL_VECTORS; j++) {
-        const vf scale = vf_load(scales + VF * j);
-        const vf shift = x_sums == NULL ? scale : vf_load(scales + PANEL + VF * j);
+        const vf shift = vf_load_i8(shifts + VF * j);
 #pragma GCC unroll 12
         for (int64_t i = 0; i < rows; i++) {
-            float *total = block->sums + i * PANEL + VF * j;
-            vf value = vf_fused(sums[i][j], scale, vf_load(total));
-            if (x_sums != NULL) {
-                value = vf_fused(vf_set(x_sums[i * block->product->units + unit]), shift, value);
-            }
-            vf_store(total, value);
+            sums[i][j] = vf_set(walk->x_sums[i * walk->block->product->x_sums_stride + index]) * shift;
         }
     }
 }
 
-/* One step of `span` groups, each with its own pointers, for `rows` rows. */
+/* total = total + sums * scale for group `index` of the bundle. */
+INLINE void add_group(
+    int64_t rows, vf sums[][PANEL_VECTORS], const struct walk *walk, int64_t index, vf_sums totals[][PANEL_VECTORS]) {
+    const bf16 *scales = (const bf16 *)walk->bundle + index * PANEL;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < PANEL_VECTORS; j++) {
+        vh halves;
+        memcpy(&halves, scales + VF * j, sizeof halves);
+        const vf scale = vf_from_f16(halves);
+#pragma GCC unroll 12
+        for (int64_t i = 0; i < rows; i++) {
+            totals[i][j] = vf_fused(sums[i][j], scale, totals[i][j]);
+        }
+    }
+}
+
+/* One step of `span` groups for `rows` rows. */
 INLINE void multiply_step(
-    int64_t dtype, int64_t rows, int64_t span, const char *const weight[], const char *x[], int64_t x_stride,
+    int64_t dtype, int64_t rows, int64_t span, const char *weight, const char *x[], int64_t x_stride,
     vf sums[][PANEL_VECTORS]) {
     const int64_t pair_bytes = dtype == F32 ? 8 : 4, row_groups = (rows + 2) / 3;
     vu halves[MAX_SPAN][PANEL_VECTORS];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < span * PANEL_VECTORS; i++) {
         const int64_t s = i / PANEL_VECTORS, j = i % PANEL_VECTORS;
-        halves[s][j] = (vu)vf_load((const float *)weight[s] + VF * j);
+        halves[s][j] = (vu)vf_load((const float *)(weight + s * STEP_BYTES) + VF * j);
     }
 #pragma GCC unroll 4
     for (int64_t pair = 0; pair < PAIRS; pair++) {
@@ -139,56 +157,89 @@ INLINE void multiply_step(
     }
 }
 
-/* The next `span` groups at once for `rows` rows; all but the walk are constants. Until they are added, the groups
- * depend on nothing of each other: their chains of additions run side by side, and the result is that of one after the
- * other. */
-INLINE void walk_groups(int64_t dtype, int64_t rows, int64_t span, struct walk *walk) {
+/* Groups [first, first + span) of a bundle at once for `rows` rows; rows and span are constants. Until they are added,
+ * the groups depend on nothing of each other: their chains of additions run side by side, and the result is that of one
+ * after the other. As their steps lie by turns, what is read is one stream, which prefetchers follow. */
+INLINE void walk_groups(
+    int64_t dtype, int64_t rows, int64_t span, int64_t first, struct walk *walk, vf_sums totals[][PANEL_VECTORS]) {
     const struct block *block = walk->block;
-    const struct product *product = block->product;
-    const int64_t steps = ((const struct linear_int4 *)product->args)->group / INT4_STEP;
-    const int64_t header = product->unit_bytes - steps * STEP_BYTES, row_groups = (rows + 2) / 3;
-    vf sums[BLOCK_ROWS][PANEL_VECTORS] = {0};       /* [span][rows] */
-    const char *x[ROW_GROUPS], *weight[MAX_SPAN], *ahead = walk->ahead;
+    const struct linear_int4 *args = block->product->args;
+    const int64_t steps = args->group / INT4_STEP, row_groups = (rows + 2) / 3;
+    const int64_t x_group_bytes = args->group * (dtype == F32 ? 4 : 2);
+    vf sums[BLOCK_ROWS][PANEL_VECTORS];             /* [span][rows] */
+    const char *x[ROW_GROUPS], *ahead = walk->ahead;
+    const char *weight = walk->bundle + int4_header_bytes(walk->count, args->zeros) + first * STEP_BYTES;
 #pragma GCC unroll 4
     for (int64_t s = 0; s < span; s++) {
-        weight[s] = walk->weight + s * product->unit_bytes + header;
+        begin_group(rows, sums + s * rows, walk, first + s);
 #pragma GCC unroll 4
         for (int64_t i = 0; i < row_groups; i++) {
-            x[s * row_groups + i] = walk->x + s * product->x_unit_bytes + 3 * i * block->x_stride;
+            x[s * row_groups + i] = walk->x + (first + s) * x_group_bytes + 3 * i * block->x_stride;
         }
     }
     for (int64_t step = 0; step < steps; step++) {
 #pragma GCC unroll 8
         for (int64_t i = 0; i < 2 * span; i++) {
-            __builtin_prefetch(ahead + i * STEP_BYTES / 2, 0, 3);
+            __builtin_prefetch(ahead + i * CACHE_LINE, 0, 3);
         }
         ahead += span * block->ahead_step;
         multiply_step(dtype, rows, span, weight, x, block->x_stride, sums);
-#pragma GCC unroll 4
-        for (int64_t s = 0; s < span; s++) {
-            weight[s] += STEP_BYTES;
-        }
+        weight += walk->count * STEP_BYTES;
     }
+    walk->ahead = ahead;
 #pragma GCC unroll 4
     for (int64_t s = 0; s < span; s++) {
-        add_group(rows, sums + s * rows, block, walk->unit + s, walk->weight + s * product->unit_bytes);
+        add_group(rows, sums + s * rows, walk, first + s, totals);
     }
-    walk->unit += span;
-    walk->weight += span * product->unit_bytes;
-    walk->x += span * product->x_unit_bytes;
-    walk->ahead = ahead + span * header / STEP_BYTES * block->ahead_step;
+}
+
+/* A bundle of `count` groups, at most `span` at once. */
+INLINE void walk_bundle(
+    int64_t dtype, int64_t rows, int64_t span, int64_t count, struct walk *walk, vf_sums totals[][PANEL_VECTORS]) {
+    const struct linear_int4 *args = walk->block->product->args;
+    const int64_t header = int4_header_bytes(count, args->zeros), ahead_step = walk->block->ahead_step;
+    walk->count = count;
+    for (int64_t i = 0; i < header * ahead_step / STEP_BYTES; i += CACHE_LINE) {
+        __builtin_prefetch(walk->ahead + i, 0, 3);
+    }
+    walk->ahead += header * ahead_step / STEP_BYTES;
+    int64_t first = 0;
+    while (span > 1 && first + span <= count) {
+        walk_groups(dtype, rows, span, first, walk, totals);
+        first += span;
+    }
+    while (first < count) {
+        walk_groups(dtype, rows, 1, first, walk, totals);
+        first++;
+    }
 }
 
 INLINE void multiply_rows(int64_t dtype, int64_t rows, int64_t span, const struct block *block) {
-    struct walk walk = {.block = block, .weight = block->weight, .x = block->x, .ahead = block->ahead};
+    const struct product *product = block->product;
+    struct walk walk = {
+        .block = block, .bundle = block->weight, .x = block->x, .x_sums = block->x_sums, .ahead = block->ahead};
+    /* Totals of few rows stay in registers; those of more would push the sums out. */
+    const size_t total_bytes = (size_t)(rows * PANEL) * sizeof *block->sums;
+    vf_sums own[REGISTER_ROWS][PANEL_VECTORS], (*totals)[PANEL_VECTORS] = own;
+    if (rows > REGISTER_ROWS) {
+        totals = (vf_sums(*)[PANEL_VECTORS])block->sums;
+    }
     if (!block->resume) {
-        memset(block->sums, 0, (size_t)(rows * PANEL) * sizeof *block->sums);
+        memset(totals, 0, total_bytes);
+    } else if (rows <= REGISTER_ROWS) {
+        memcpy(totals, block->sums, total_bytes);
     }
-    while (span > 1 && walk.unit + span <= block->units) {
-        walk_groups(dtype, rows, span, &walk);
+    for (int64_t unit = 0; unit < block->units; unit++) {
+        walk_bundle(dtype, rows, span, INT4_BUNDLE, &walk, totals);
+        walk.bundle += product->unit_bytes;
+        walk.x += product->x_unit_bytes;
+        walk.x_sums += product->x_sums == NULL ? 0 : INT4_BUNDLE;
     }
-    while (walk.unit < block->units) {
-        walk_groups(dtype, rows, 1, &walk);
+    if (block->tail_bytes > 0) {
+        walk_bundle(dtype, rows, span, block->tail_bytes * INT4_BUNDLE / product->x_unit_bytes, &walk, totals);
+    }
+    if (rows <= REGISTER_ROWS) {
+        memcpy(block->sums, totals, total_bytes);
     }
 }
 
@@ -236,25 +287,24 @@ static void multiply_f32(const struct block *block) {
 
 /* Sums of x over each group, for rows [begin, end). */
 static void sum_groups(const struct linear_int4 *args, int64_t begin, int64_t end, float *sums) {
-    const int64_t units = args->in / args->group;
+    const int64_t groups = args->in / args->group;
     for (int64_t row = begin; row < end; row++) {
-        for (int64_t unit = 0; unit < units; unit++) {
+        for (int64_t group = 0; group < groups; group++) {
             vf sum = {0};
             for (int64_t i = 0; i < args->group; i += VF) {
-                const int64_t at = row * args->x_stride + unit * args->group + i;
+                const int64_t at = row * args->x_stride + group * args->group + i;
                 sum += args->dtype == F32 ? vf_get(args->x, F32, at, VF) : vf_get(args->x, BF16, at, VF);
             }
-            sums[row * units + unit] = vf_sum(sum);
+            sums[row * groups + group] = vf_sum(sum);
         }
     }
 }
 
 void linear_int4(const struct linear_int4 *args, const struct step *step, struct team *team) {
-    const int64_t rows = step->tokens, units = args->in / args->group, width = args->dtype == F32 ? 4 : 2;
-    const int64_t unit_bytes = int4_group_bytes(args->group, args->zeros);
+    const int64_t rows = step->tokens, groups = args->in / args->group, width = args->dtype == F32 ? 4 : 2;
     float own_sums[OWN_SUMS];
     float *x_sums = NULL;
-    if (args->zeros && rows * units <= OWN_SUMS) {
+    if (args->zeros && rows * groups <= OWN_SUMS) {
         x_sums = own_sums;
         sum_groups(args, 0, rows, x_sums);
     } else if (args->zeros) {
@@ -270,13 +320,16 @@ void linear_int4(const struct linear_int4 *args, const struct step *step, struct
         .block_rows = args->dtype == F32 ? EXACT_ROWS : BLOCK_ROWS,
         .x = args->x,
         .x_stride = args->x_stride * width,
-        .x_unit_bytes = args->group * width,
+        .x_unit_bytes = INT4_BUNDLE * args->group * width,
         .x_sums = x_sums,
+        .x_sums_stride = groups,
+        .x_unit_sums = INT4_BUNDLE,
         .rows = rows,
         .weight = args->weight,
-        .units = units,
-        .unit_bytes = unit_bytes,
-        .panel_bytes = units * unit_bytes,
+        .units = groups / INT4_BUNDLE,
+        .unit_bytes = int4_bundle_bytes(args->group, INT4_BUNDLE, args->zeros),
+        .tail_bytes = groups % INT4_BUNDLE * args->group * width,
+        .panel_bytes = int4_panel_bytes(args->group, groups, args->zeros),
         .bias = args->bias,
         .out = args->out,
         .gate = args->gate,

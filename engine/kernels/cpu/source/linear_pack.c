@@ -13,7 +13,7 @@ struct packing {
     char *packed;
     _Atomic int64_t taken;
     /* of int4 */
-    const float *scales;            /* [out, in / group] */
+    const uint16_t *scales;         /* [out, in / group] float16 */
     const uint8_t *zeros;           /* likewise, or NULL */
     int64_t group;
 };
@@ -79,42 +79,46 @@ static uint32_t split_halves(uint32_t channels) {
     return low_nibbles(channels) | low_nibbles(channels >> 4) << 16;
 }
 
-static void pack_int4_group(const struct packing *packing, int64_t row, int64_t group, char *to) {
+/* Group `index` of `count` of a bundle that begins at `bundle`: its part of one column. */
+static void pack_int4_column(
+    const struct packing *packing, int64_t row, int64_t group, int64_t index, int64_t count, int64_t column,
+    char *bundle) {
     const int64_t steps = packing->group / INT4_STEP, groups = packing->row_bytes * 2 / packing->group;
-    const float scale = packing->scales[row * groups + group];
-    memcpy(to, &scale, sizeof scale);
-    to += STEP_BYTES;
+    const int64_t place = index * PANEL + column;
+    memcpy(bundle + 2 * place, &packing->scales[row * groups + group], sizeof *packing->scales);
     if (packing->zeros != NULL) {
-        const float shift = (float)(8 - packing->zeros[row * groups + group]) * scale;
-        memcpy(to, &shift, sizeof shift);
-        to += STEP_BYTES;
+        bundle[2 * PANEL * count + place] = (char)(8 - packing->zeros[row * groups + group]);
     }
     const char *from = packing->weight + row * packing->row_bytes + group * packing->group / 2;
+    char *to = bundle + int4_header_bytes(count, packing->zeros != NULL) + 4 * place;
     for (int64_t step = 0; step < steps; step++) {
         uint32_t channels;
         memcpy(&channels, from + 4 * step, sizeof channels);
         const uint32_t halves = split_halves(channels);
-        memcpy(to + step * STEP_BYTES, &halves, sizeof halves);
+        memcpy(to + step * count * STEP_BYTES, &halves, sizeof halves);
     }
 }
 
 static void pack_int4_panel(const struct packing *packing, int64_t panel) {
-    const int64_t groups = packing->row_bytes * 2 / packing->group;
-    const int64_t group_bytes = int4_group_bytes(packing->group, packing->zeros != NULL);
-    char *packed = packing->packed + panel * groups * group_bytes;
-    for (int64_t group = 0; group < groups; group++) {
-        for (int64_t column = 0; column < PANEL; column++) {
-            const int64_t row = panel_row(panel, column, packing->out, packing->gated);
-            if (row >= 0) {
-                pack_int4_group(packing, row, group, packed + group * group_bytes + 4 * column);
+    const int64_t groups = packing->row_bytes * 2 / packing->group, zeros = packing->zeros != NULL;
+    char *bundle = packing->packed + panel * int4_panel_bytes(packing->group, groups, zeros);
+    for (int64_t first = 0; first < groups; first += INT4_BUNDLE) {
+        const int64_t count = groups - first < INT4_BUNDLE ? groups - first : INT4_BUNDLE;
+        for (int64_t index = 0; index < count; index++) {
+            for (int64_t column = 0; column < PANEL; column++) {
+                const int64_t row = panel_row(panel, column, packing->out, packing->gated);
+                if (row >= 0) {
+                    pack_int4_column(packing, row, first + index, index, count, column, bundle);
+                }
             }
         }
+        bundle += int4_bundle_bytes(packing->group, count, zeros);
     }
 }
 
 /* Packs rows of in / 2 bytes, channel 2 j in the low bits of byte j. `packed` is zeros; padding remains so. */
 void pack_int4(
-    const char *weight, const float *scales, const uint8_t *zeros, int64_t in, int64_t group, int64_t out,
+    const char *weight, const uint16_t *scales, const uint8_t *zeros, int64_t in, int64_t group, int64_t out,
     int64_t gated, int64_t threads, char *packed) {
     struct packing packing = {
         .panel = pack_int4_panel,
@@ -128,4 +132,9 @@ void pack_int4(
         .group = group,
     };
     run_team(pack_share, &packing, threads);
+}
+
+/* Bytes of the packed weight. */
+int64_t packed_int4_bytes(int64_t in, int64_t group, int64_t out, int64_t gated, int64_t zeros) {
+    return panel_count(out, gated) * int4_panel_bytes(group, in / group, zeros);
 }

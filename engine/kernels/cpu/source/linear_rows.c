@@ -58,22 +58,22 @@ void embed_int8(const struct embed_int8 *args, const struct step *step, struct t
 }
 
 static void int4_row(const struct embed_int4 *args, int64_t row, int64_t token) {
-    const int64_t groups = args->in / args->group, header = int4_header_steps(args->zeros);
-    const int64_t group_bytes = int4_group_bytes(args->group, args->zeros);
-    const char *column = column_of(args->weight, row, groups * group_bytes);
+    const int64_t groups = args->in / args->group, zeros = args->zeros, column = row % PANEL;
+    const char *panel = (const char *)args->weight + row / PANEL * int4_panel_bytes(args->group, groups, zeros);
     for (int64_t i = 0; i < args->in; i++) {
-        const char *group = column + i / args->group * group_bytes;
-        const int64_t inside = i % args->group, channel = inside % INT4_STEP;
-        float scale, shift = 0;
+        const int64_t group = i / args->group, index = group % INT4_BUNDLE, first = group - index;
+        const int64_t count = groups - first < INT4_BUNDLE ? groups - first : INT4_BUNDLE;
+        const char *bundle = panel + first / INT4_BUNDLE * int4_bundle_bytes(args->group, INT4_BUNDLE, zeros);
+        const int64_t inside = i % args->group, channel = inside % INT4_STEP, place = index * PANEL + column;
+        vh scale = {0};
+        memcpy(&scale, bundle + 2 * place, sizeof scale[0]);
+        const int32_t shift = zeros ? (int8_t)bundle[2 * PANEL * count + place] : 0;
         uint32_t halves;
-        memcpy(&scale, group, sizeof scale);
-        if (args->zeros) {
-            memcpy(&shift, group + STEP_BYTES, sizeof shift);
-        }
-        memcpy(&halves, group + (header + inside / INT4_STEP) * STEP_BYTES, sizeof halves);
-        const int32_t value = (int32_t)(halves >> (channel % 2 * 16 + channel / 2 * 4) & 15) - 8;
+        const char *steps = bundle + int4_header_bytes(count, zeros) + 4 * place;
+        memcpy(&halves, steps + inside / INT4_STEP * count * STEP_BYTES, sizeof halves);
+        const int32_t value = (int32_t)(halves >> (channel % 2 * 16 + channel / 2 * 4) & 15) - 8 + shift;
         const int64_t to = args->order == NULL ? i : args->order[i];
-        put_value(args->y, args->y_dtype, token * args->in + to, (float)value * scale + shift);
+        put_value(args->y, args->y_dtype, token * args->in + to, (float)value * vf_from_f16(scale)[0]);
     }
 }
 

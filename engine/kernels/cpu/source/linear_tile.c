@@ -23,7 +23,7 @@ static void multiply_chunk(struct block block, int64_t rows, const char *next) {
         const int64_t begin = rows * i / blocks, end = rows * (i + 1) / blocks;
         block.rows = end - begin;
         block.x = first.x + begin * block.x_stride;
-        block.x_sums = first.x_sums == NULL ? NULL : first.x_sums + begin * product->units;
+        block.x_sums = first.x_sums == NULL ? NULL : first.x_sums + begin * product->x_sums_stride;
         block.sums = first.sums + begin * PANEL;
         block.ahead = next == NULL ? block.weight : next + i * lines * block.ahead_step;
         if (blocks == 1) {
@@ -49,7 +49,9 @@ static void multiply_tile(
             .weight = weight + unit * product->unit_bytes,
             .units = left < chunk ? left : chunk,
             .tail_bytes = left <= chunk ? product->tail_bytes : 0,
-            .x_sums = product->x_sums == NULL ? NULL : product->x_sums + row * product->units + unit,
+            .x_sums = product->x_sums == NULL
+                ? NULL
+                : product->x_sums + row * product->x_sums_stride + unit * product->x_unit_sums,
             .sums = sums,
             .resume = unit > 0,
             .product = product,

@@ -18,8 +18,9 @@ enum {
     CACHE_LINE = 64,
     PANEL_VECTORS = PANEL / VF,
     INT4_STEP = 8,                  /* channels of int4 in a step */
+    INT4_BUNDLE = 4,                /* groups of int4 that lie interleaved */
     TILE_ROWS = 96,                 /* at 4096 channels 768 KB of x: it stays in the second cache from panel to panel */
-    SINGLE_AHEAD = 4096,            /* bytes, of a tile of one block; best of 1.5, 4 and 16 KB */
+    SINGLE_AHEAD = 8192,            /* bytes, of a tile of one block; the least that keeps 66 GB/s busy */
     CHUNK_BYTES = 1024 * STEP_BYTES /* a chunk, and the one that is fetched ahead, stay in the second cache as well */
 };
 
@@ -43,7 +44,7 @@ struct block {
     const char *weight;
     int64_t units;                  /* whole ones */
     int64_t tail_bytes;             /* of x that meet one more, incomplete unit; 0: there is none */
-    const float *x_sums;            /* the first row, at the first unit, of product->x_sums */
+    const float *x_sums;            /* of the first row, at the first unit; see product */
     float *sums;                    /* [rows, PANEL]; int32 for int8 weights */
     int64_t resume;                 /* whether the sums go on from what they hold, rather than from 0 */
     const char *ahead;              /* what to fetch meanwhile: ahead_step bytes with each STEP_BYTES of the weight */
@@ -61,7 +62,9 @@ struct product {
     const char *x;
     int64_t x_stride;               /* bytes */
     int64_t x_unit_bytes;           /* of a row of x that meet one unit */
-    const float *x_sums;            /* [rows, units], for forms that need sums of x over each unit */
+    const float *x_sums;            /* [rows, x_sums_stride], x_unit_sums a unit, for forms that need sums of x; or NULL */
+    int64_t x_sums_stride;
+    int64_t x_unit_sums;
     const float *x_scales;          /* [rows], for `scale` */
     int64_t rows;
     const char *weight;
@@ -92,13 +95,20 @@ static inline int64_t panel_row(int64_t panel, int64_t column, int64_t out, int6
     return row < out / 2 ? row + (column < half ? 0 : out / 2) : -1;
 }
 
-/* Steps of a group of int4 values before its first channel. */
-static inline int64_t int4_header_steps(int64_t zeros) {
-    return zeros ? 2 : 1;
+/* Bytes before the steps of a bundle of `count` groups of int4: of each a step's columns of scales in float16, then of
+ * each the columns' 8 - zero in int8; up to a whole cache line. */
+static inline int64_t int4_header_bytes(int64_t count, int64_t zeros) {
+    const int64_t lines = (zeros ? PANEL : 0) * count + CACHE_LINE - 1;
+    return 2 * PANEL * count + lines / CACHE_LINE * CACHE_LINE;
 }
 
-static inline int64_t int4_group_bytes(int64_t group, int64_t zeros) {
-    return (int4_header_steps(zeros) + group / INT4_STEP) * STEP_BYTES;
+static inline int64_t int4_bundle_bytes(int64_t group, int64_t count, int64_t zeros) {
+    return int4_header_bytes(count, zeros) + count * (group / INT4_STEP) * STEP_BYTES;
+}
+
+static inline int64_t int4_panel_bytes(int64_t group, int64_t groups, int64_t zeros) {
+    return groups / INT4_BUNDLE * int4_bundle_bytes(group, INT4_BUNDLE, zeros) +
+        int4_bundle_bytes(group, groups % INT4_BUNDLE, zeros);
 }
 
 /* This thread's part of the product. */

@@ -141,6 +141,19 @@ INLINE vf vf_from_bf16(vh x) {
     return (vf)(__builtin_convertvector(x, vu) << 16);
 }
 
+/* Exact, of finite float16. */
+INLINE vf vf_from_f16(vh x) {
+#if defined(VECTOR_AVX512)
+    return (vf)_mm512_cvtph_ps((__m256i)x);
+#elif defined(VECTOR_AVX2) && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps((__m128i)x);
+#else
+    /* Put into a float's places, the exponent is short of 127 - 15; a product makes it good, for subnormals as well. */
+    const vu bits = __builtin_convertvector(x, vu);
+    return (vf)((bits & 0x8000) << 16 | (bits & 0x7fff) << 13) * 0x1p112f;
+#endif
+}
+
 /* Rounds to the nearest, ties to even; NaN stays NaN. AVX-512 BF16 takes subnormal floats (below 1.2e-38) as 0. */
 INLINE vh vf_to_bf16(vf x) {
 #if defined(VECTOR_AVX512) && defined(__AVX512BF16__)
@@ -171,6 +184,21 @@ INLINE vf vf_load_bf16(const bf16 *from) {
 INLINE void vf_store_bf16(bf16 *to, vf x) {
     const vh rounded = vf_to_bf16(x);
     memcpy(to, &rounded, sizeof rounded);
+}
+
+/* By hand: GCC 12 converts bytes one by one. */
+INLINE vf vf_load_i8(const int8_t *from) {
+#if defined(VECTOR_AVX512)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif defined(VECTOR_AVX2)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    vf x;
+    for (int i = 0; i < VF; i++) {
+        x[i] = from[i];
+    }
+    return x;
+#endif
 }
 
 INLINE vf vf_load_bf16_some(const bf16 *from, int64_t count) {

@@ -115,7 +115,7 @@ def int4_weight(
     groups = (out, columns // group)
     return Int4Weight(
         torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8, generator=generator),
-        torch.rand(groups, generator=generator) * 0.2 + 1e-3,
+        (torch.rand(groups, generator=generator) * 0.2 + 1e-3).half().float(),
         torch.randint(0, 16, groups, dtype=torch.uint8, generator=generator) if zeros else None,
         torch.randperm(columns, generator=generator) if order else None,
     )
