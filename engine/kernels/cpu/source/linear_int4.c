@@ -229,14 +229,12 @@ INLINE void multiply_rows(int64_t dtype, int64_t rows, int64_t span, const struc
     } else if (rows <= REGISTER_ROWS) {
         memcpy(totals, block->sums, total_bytes);
     }
-    for (int64_t unit = 0; unit < block->units; unit++) {
-        walk_bundle(dtype, rows, span, INT4_BUNDLE, &walk, totals);
+    const int64_t last = block->tail_bytes * INT4_BUNDLE / product->x_unit_bytes;
+    for (int64_t unit = 0; unit < block->units + (last > 0); unit++) {
+        walk_bundle(dtype, rows, span, unit < block->units ? INT4_BUNDLE : last, &walk, totals);
         walk.bundle += product->unit_bytes;
         walk.x += product->x_unit_bytes;
         walk.x_sums += product->x_sums == NULL ? 0 : INT4_BUNDLE;
-    }
-    if (block->tail_bytes > 0) {
-        walk_bundle(dtype, rows, span, block->tail_bytes * INT4_BUNDLE / product->x_unit_bytes, &walk, totals);
     }
     if (rows <= REGISTER_ROWS) {
         memcpy(block->sums, totals, total_bytes);
