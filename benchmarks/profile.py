@@ -105,8 +105,11 @@ def _cost(note: Note, rows: int, load: Load, kv_bytes: float) -> tuple[str, str,
 
 def _moved(note: Note, rows: int) -> Iterator[float]:
     """Bytes of the call's tensors: rows of values, and the whole of parameters but for tables of rows and scratch."""
+    looks_up = note.name.startswith("embed")
     for name, field in note.fields.items():
         if not isinstance(field, torch.Tensor) or name in ("k", "v", "k_scales", "v_scales", "table", "scratch"):
+            continue
+        if looks_up and not field.is_meta:
             continue
         yield field.nbytes / len(field) * rows if field.is_meta else field.nbytes
 
