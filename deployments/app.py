@@ -24,8 +24,8 @@ MAX_ONGOING_REQUESTS = 4096
 so that a runaway caller is held back rather than let in."""
 HEALTH_CHECK_PERIOD_S = 2.0
 """A replica that was killed is noticed within a period; Serve's default of 10 s is long to go without one."""
-HEALTH_CHECK_TIMEOUT_S = 30.0
-"""Generous: an event loop that is merely busy must not be taken for dead."""
+HEALTH_CHECK_TIMEOUT_S = 10.0
+"""Serve replaces a replica that misses three in a row: an event loop that is merely busy must not be taken for dead."""
 GRACEFUL_SHUTDOWN_S = 10.0
 """How long requests may go on in a replica that is to go."""
 GRACEFUL_SHUTDOWN_POLL_S = 0.5
@@ -41,15 +41,16 @@ def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
     cpus = node_cpus()
     share = cpu_share(cpus, config.replicas) if config.cpus_per_replica == "auto" else config.cpus_per_replica
     neighbours = min(config.replicas, max(1, math.floor(max(cpus, default=share) / share)))
-    resolved = config.model_copy(update={"engine": share_machine(config.engine, share, neighbours)})
+    engine = share_machine(config.engine, share, neighbours)
+    # Each is given what it needs and no more: Serve replaces actors whose arguments have changed.
     hub = _deployment(MetricsHub, replicas=1, cpus=0).bind(config.model_name)
     replicas = (
         _deployment(LLMReplica, replicas=config.replicas, cpus=share)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
-        .bind(resolved, hub, engine_factory)
+        .bind(engine, config.model_name, hub, engine_factory)
     )
     gateway = _deployment(serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0)
-    return gateway.bind(resolved, replicas, hub)
+    return gateway.bind(config.gateway, replicas, hub)
 
 
 def _deployment(actor: type, *, replicas: int, cpus: float) -> Any:

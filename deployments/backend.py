@@ -15,6 +15,15 @@ class GenerationFailed(Exception):
     """A request that was accepted cannot be finished; the message may be shown to the client."""
 
 
+class ReplicaLost(GenerationFailed):
+    """The replica that served a request is gone, or gives it up; another one can go on from what has arrived."""
+
+    def __init__(self, message: str, *, planned: bool = False) -> None:
+        super().__init__(message)
+        self.planned = planned
+        """The replica handed the request over; nothing went wrong."""
+
+
 class Backend(Protocol):
     """Turns a request into emissions."""
 

@@ -17,6 +17,8 @@ class GatewayConfig(Config):
     """Gateway processes."""
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     """Larger request bodies are refused with 413."""
+    continuation_timeout_s: float = Field(default=600.0, ge=0.0)
+    """How long an interrupted stream waits for a replica that goes on with it."""
     max_queued_requests: int = Field(default=1024, ge=1)
     """Requests a gateway holds at once; more are refused with 429 and Retry-After."""
 

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from deployments.liveness import Pulse
 from engine.errors import InvalidRequest
 from engine.sequence import Emission, FinishReason, Request
 from engine.stats import EngineStats
@@ -64,7 +65,7 @@ class EngineThread(Generic[E]):
     """Builds an engine in its own thread and steps it while there is work; sleeps, without polling, when there is none.
 
     `deliver` is called on that thread, once per iteration and once after commands that changed the engine's state
-    without an iteration. If an iteration raises, every unfinished stream gets an ERROR emission, the traceback is
+    without an iteration. If an iteration raises, every unfinished stream gets a MOVED emission, the traceback is
     logged once, and from then on `failure` says why and every `add` is refused.
     """
 
@@ -78,6 +79,7 @@ class EngineThread(Generic[E]):
         self._closing = False
         self._failure: Exception | None = None
         self._open_samples: dict[str, set[int]] = {}
+        self._pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> Future[E]:
@@ -89,6 +91,10 @@ class EngineThread(Generic[E]):
     def failure(self) -> Exception | None:
         """The exception that ended the engine, if one did."""
         return self._failure
+
+    def stuck_for(self) -> float | None:
+        """Seconds that the running iteration has taken, if that is far longer than usual; None if all is well."""
+        return self._pulse.stuck_for()
 
     def add(self, request: Request) -> Future[None]:
         """Resolves once the engine has queued the request, at the latest after the running iteration.
@@ -156,13 +162,19 @@ class EngineThread(Generic[E]):
         commanded = bool(self._taken)
         while self._taken:
             self._apply(engine, self._taken.popleft())
-        emissions = engine.step() if engine.has_work() else []
+        emissions = self._step(engine) if engine.has_work() else []
         if not emissions and not commanded and not engine.has_work():
             return None
         self._account(emissions)
         stats = engine.stats()
         self._deliver(emissions, stats)
         return stats
+
+    def _step(self, engine: E) -> list[Emission]:
+        self._pulse.began()
+        emissions = engine.step()
+        self._pulse.finished()
+        return emissions
 
     def _apply(self, engine: E, command: _Add | _Abort) -> None:
         match command:
@@ -178,7 +190,7 @@ class EngineThread(Generic[E]):
                     done.set_exception(RuntimeError("the engine failed on this request"))
                     raise
                 else:
-                    self._open_samples[request.request_id] = set(range(request.params.n))
+                    self._open_samples[request.request_id] = set(request.open_samples)
                     done.set_result(None)
             case _Abort(request_ids):
                 for request_id in request_ids:
@@ -197,7 +209,7 @@ class EngineThread(Generic[E]):
 
     def _last_words(self, error: Exception) -> list[Emission]:
         return [
-            Emission(request_id, sample, finish_reason=FinishReason.ERROR, error=f"the engine failed: {error}")
+            Emission(request_id, sample, finish_reason=FinishReason.MOVED, error=f"the engine failed: {error}")
             for request_id, samples in self._open_samples.items()
             for sample in sorted(samples)
         ]

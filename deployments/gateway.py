@@ -10,7 +10,8 @@ import secrets
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig
+from deployments.config import GatewayConfig
+from deployments.continuation import ContinuingBackend
 from deployments.gateway_app import build_http
 from deployments.logs import configure_logging
 from deployments.metrics_push import MetricsPusher
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Speaks the OpenAI API to clients and frames to replicas."""
 
-    def __init__(self, config: AppConfig, replicas: DeploymentHandle, hub: DeploymentHandle) -> None:
+    def __init__(self, config: GatewayConfig, replicas: DeploymentHandle, hub: DeploymentHandle) -> None:
         configure_logging("gateway")
         self._config = config
         self._gateway_id = f"gateway-{secrets.token_hex(6)}"
@@ -33,7 +34,12 @@ class Gateway:
         self._push = hub.options(method_name="push")
         self._render = hub.options(method_name="render")
         self._pusher = MetricsPusher(self._recorder, self._send)
-        self._backend = RayBackend(self._gateway_id, replicas, self._metrics)
+        replies = RayBackend(self._gateway_id, replicas, self._metrics)
+        self._backend = ContinuingBackend(
+            replies,
+            timeout_s=config.continuation_timeout_s,
+            count=lambda reason: self._recorder.increment("manta:request_continuations_total", labels=(reason,)),
+        )
         self._pushing = asyncio.get_running_loop().create_task(self._pusher.run())
         missing = missing_settings()
         if missing:
@@ -42,9 +48,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an ingress whose application exists only once its deployment does."""
         # Serve answers with the request's id by itself.
-        return build_http(
-            self._backend, self._config.gateway, self._recorder, installed_version(), echo_request_id=False
-        )
+        return build_http(self._backend, self._config, self._recorder, installed_version(), echo_request_id=False)
 
     async def _send(self, delta: Delta) -> None:
         await self._push.remote(self._gateway_id, delta)

@@ -14,13 +14,19 @@ class Usage:
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompts that were in a replica's cache."""
 
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
 
 
 class Journal:
@@ -31,6 +37,8 @@ class Journal:
         self._token_ids: list[list[int]] = [[] for _ in range(request.params.n)]
         self._reasons: list[str | None] = [None] * request.params.n
         self._unfinished = request.params.n
+        self.cached_tokens = 0
+        """Of the prompt, as the replica reported it."""
 
     def give(self, sample_index: int, token_ids: tuple[int, ...]) -> None:
         """Records tokens that a sample brought. A finished sample takes no more."""
@@ -55,4 +63,4 @@ class Journal:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.request.prompt_token_ids), sum(map(len, self._token_ids)))
+        return Usage(len(self.request.prompt_token_ids), sum(map(len, self._token_ids)), self.cached_tokens)

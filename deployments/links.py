@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from deployments.messages import Frame
-from engine.sequence import Emission, Request
+from engine.sequence import Emission, FinishReason, Request
 from engine.stats import EngineStats
 
 HEARTBEAT_S = 1.0
@@ -51,7 +51,7 @@ class FrameStreams:
     def announce(self, gateway_id: str, request: Request) -> None:
         """Names the gateway that reads a request's emissions; before the engine sees the request."""
         stream = self._stream(gateway_id)
-        stream.open_samples[request.request_id] = request.params.n
+        stream.open_samples[request.request_id] = len(request.open_samples)
         self._owners[request.request_id] = stream
         self._watch(stream)
 
@@ -77,6 +77,15 @@ class FrameStreams:
                 stream.open_samples[emission.request_id] -= 1
                 if stream.open_samples[emission.request_id] == 0:
                     del stream.open_samples[emission.request_id], self._owners[emission.request_id]
+
+    def give_up(self, error: str) -> None:
+        """Tells every gateway that this replica does not go on with its requests; others can."""
+        moved = [Emission(request_id, 0, finish_reason=FinishReason.MOVED, error=error) for request_id in self._owners]
+        for emission in moved:
+            stream = self._owners.pop(emission.request_id)
+            del stream.open_samples[emission.request_id]
+            stream.waiting.append(emission)
+            stream.wake.set()
 
     async def attach(self, gateway_id: str) -> AsyncGenerator[Frame, None]:
         """The frames of one gateway, beginning with an empty one at once.

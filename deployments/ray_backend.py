@@ -1,8 +1,8 @@
 """The backend of a gateway in a cluster: submits requests to replicas and brings their tokens back.
 
 Owns what is between a gateway and the replicas: routing books, one link per replica, retries before a request is taken.
-Knows no HTTP and no text. A request whose replica dies fails with GenerationFailed; whoever wants to continue it on
-another replica does so above this file, from the tokens the client already has.
+Knows no HTTP and no text. A request whose replica dies fails with ReplicaLost; `deployments.continuation` goes on with
+it on another replica, from what has arrived.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.backend import GenerationFailed, NotReady
+from deployments.backend import NotReady, ReplicaLost
 from deployments.messages import Abort, Accepted, Attach, Frame, ModelCard, Submit, Unavailable
 from deployments.router import Ledger, ReplicaGone
 from engine.errors import InvalidRequest
@@ -31,10 +31,14 @@ RETRY_AFTER_S = 0.1
 SUBMIT_TIMEOUT_S = 30.0
 """How long a request may look for a replica. An engine answers between two iterations, so this is not a busy replica
 but none at all."""
+ATTEMPT_TIMEOUT_S = 5.0
+"""How long one replica may take to accept a request: it answers between two iterations."""
 CARD_TIMEOUT_S = 2.0
-SILENCE_S = 20.0
-"""A link without a frame for so long is broken: a living replica sends one every second. Long, because a machine whose
-cores are all computing may leave an event loop waiting for seconds."""
+ABORT_TIMEOUT_S = 20.0
+TICK_S = 0.5
+SILENT_TICKS = 8
+"""A link without a frame for so many ticks of this gateway's own loop is broken: a living replica sends one every
+second. Ticks and not seconds, because a gateway that was busy for a while has not listened either."""
 MAX_REMEMBERED = 4096
 """Aborted requests whose late tokens are recognised."""
 
@@ -92,7 +96,7 @@ class RayBackend:
 
     async def _submit(self, request: Request) -> "_TokenStream":
         """The stream of the replica that took the request; looks for another one when a replica is gone."""
-        cost = len(request.prompt_token_ids) + await self._output_tokens(request)
+        cost = await self._cost(request)
         try:
             async with asyncio.timeout(SUBMIT_TIMEOUT_S):
                 while True:
@@ -108,10 +112,12 @@ class RayBackend:
         """Sends the request to one replica; None if that one turned out to be gone. Raises InvalidRequest."""
         stream = self._open(request)
         try:
-            answer = await self._call(self._submit_to_any(stream, request, cost), SUBMIT_TIMEOUT_S)
+            answer = await self._call(self._submit_to_any(stream, request, cost), ATTEMPT_TIMEOUT_S)
         except BaseException as error:
+            if isinstance(error, TimeoutError):
+                self._ledger.avoid_place_of(stream.wire_id)
             self._close(stream)
-            if isinstance(error, RayActorError):
+            if isinstance(error, RayActorError | TimeoutError):
                 return None
             raise
         match answer:
@@ -125,11 +131,12 @@ class RayBackend:
                 self._close(stream)
                 raise answer
 
-    async def _output_tokens(self, request: Request) -> int:
-        if request.params.max_tokens is not None:
-            return request.params.max_tokens * request.params.n
-        card = await self.card()
-        return max(0, card.max_model_len - len(request.prompt_token_ids)) * request.params.n
+    async def _cost(self, request: Request) -> int:
+        """Tokens to run at most: the prompt, what was given elsewhere, and what is still to come."""
+        prompt, most = len(request.prompt_token_ids), request.params.max_tokens
+        if most is None:
+            most = max(0, (await self.card()).max_model_len - prompt)
+        return prompt + most * len(request.open_samples)
 
     async def _submit_to_any(
         self, stream: "_TokenStream", request: Request, cost: int
@@ -152,7 +159,9 @@ class RayBackend:
 
     def _open(self, request: Request) -> "_TokenStream":
         wire_id = f"{request.request_id}@{self._gateway_id}.{next(self._tickets)}"
-        stream = self._streams[wire_id] = _TokenStream(wire_id, len(request.prompt_token_ids), request.params.n)
+        stream = self._streams[wire_id] = _TokenStream(
+            wire_id, len(request.prompt_token_ids), len(request.open_samples)
+        )
         return stream
 
     def _close(self, stream: "_TokenStream") -> None:
@@ -174,7 +183,7 @@ class RayBackend:
 
         async def send() -> None:
             try:
-                async with asyncio.timeout(SILENCE_S):
+                async with asyncio.timeout(ABORT_TIMEOUT_S):
                     await self._abort_call.remote(call)
             except Exception as error:
                 # The replica, or this gateway's stream there, is gone: then so is the request, now or after a grace.
@@ -198,7 +207,8 @@ class RayBackend:
         except (ReplicaGone, RayActorError):
             failure = f"replica {link.replica_id} is gone"
         except TimeoutError:
-            failure = f"replica {link.replica_id} sent nothing for {SILENCE_S:.0f} s"
+            failure = f"replica {link.replica_id} sent nothing for {SILENT_TICKS * TICK_S:.0f} s"
+            self._ledger.avoid(link.replica_id)
         except Exception as error:
             failure = f"the stream of replica {link.replica_id} broke: {error}"
         finally:
@@ -214,8 +224,7 @@ class RayBackend:
         frames = self._frames_call.remote(Attach(self._gateway_id, replica_id))
         try:
             while True:
-                async with asyncio.timeout(SILENCE_S):
-                    frame = await anext(frames, None)
+                frame = await _heard(anext(frames, None))
                 if frame is None:
                     return
                 self._demultiplex(frame)
@@ -268,6 +277,19 @@ class RayBackend:
         return task
 
 
+async def _heard(coming: Awaitable[T]) -> T:
+    """What is awaited. Raises TimeoutError after SILENT_TICKS of this loop without it."""
+    task = asyncio.ensure_future(coming)
+    try:
+        for _ in range(SILENT_TICKS):
+            done, _ = await asyncio.wait({task}, timeout=TICK_S)
+            if done:
+                return task.result()
+        raise TimeoutError
+    finally:
+        task.cancel()
+
+
 class _Link:
     """The frame stream from one replica, and the token streams that live on it."""
 
@@ -293,7 +315,7 @@ class _TokenStream:
         self._unspent = num_prompt_tokens
         self._open_samples = num_samples
         self._waiting: deque[Emission] = deque()
-        self._failure: str | None = None
+        self._failure: ReplicaLost | None = None
         self._wake = asyncio.Event()
 
     @property
@@ -323,15 +345,15 @@ class _TokenStream:
 
     def fail(self, reason: str) -> None:
         """Ends the stream after what has already arrived."""
-        if not self.complete:
-            self._failure = reason
+        if not self.complete and self._failure is None:
+            self._failure = ReplicaLost(reason)
             self._wake.set()
 
     async def take(self) -> list[Emission]:
-        """Everything that has arrived, after waiting for something. Raises GenerationFailed if no more will come."""
+        """Everything that has arrived, after waiting for something. Raises ReplicaLost if no more will come."""
         while not self._waiting:
             if self._failure is not None:
-                raise GenerationFailed(self._failure)
+                raise self._failure
             self._wake.clear()
             await self._wake.wait()
         taken = list(self._waiting)

@@ -14,7 +14,6 @@ from typing import Protocol
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.config import AppConfig
 from deployments.engine_thread import EngineLike, EngineStopped, EngineThread
 from deployments.links import FrameStreams
 from deployments.logs import configure_logging
@@ -27,6 +26,8 @@ from engine.stats import EngineStats
 from monitoring.recorder import Delta, EngineMeter, Recorder
 
 logger = logging.getLogger(__name__)
+
+WATCH_S = 0.5
 
 
 class ServedEngine(EngineLike, Protocol):
@@ -63,19 +64,21 @@ class LLMReplica:
 
     # Serve awaits the constructor of a deployment, which Python's typing does not know of.
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, hub: DeploymentHandle, engine_factory: EngineFactory
+        self, config: EngineConfig, model_name: str, hub: DeploymentHandle, engine_factory: EngineFactory
     ) -> None:
         """Loads the model. Raises ModelError, whose one line Serve shows as the reason why the deployment failed."""
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         configure_logging(f"replica {self._replica_id}")
         self._loop = asyncio.get_running_loop()
-        self._engine = EngineThread(lambda: engine_factory(config.engine), self._deliver)
+        self._stuck: str | None = None
+        """Why this replica is to be replaced although its engine has not failed."""
+        self._engine = EngineThread(lambda: engine_factory(config), self._deliver)
         try:
             engine = await asyncio.wrap_future(self._engine.start())
         except ModelError as error:
             raise ModelError(str(error)) from None
         self._card = ModelCard(
-            name=config.model_name,
+            name=model_name,
             path=str(engine.model_path),
             max_model_len=engine.max_model_len,
             vocab_size=engine.vocab_size,
@@ -87,6 +90,7 @@ class LLMReplica:
         self._meter = EngineMeter(recorder)
         self._meter.update(engine.stats())
         self._start_pushing(recorder, hub)
+        self._watching = self._loop.create_task(self._watch())
 
     def _start_pushing(self, recorder: Recorder, hub: DeploymentHandle) -> None:
         push = hub.options(method_name="push")
@@ -107,6 +111,8 @@ class LLMReplica:
         A refusal is returned, not raised: it is an answer, and Serve would log it as a crash with its traceback.
         """
         request = call.request
+        if self._stuck is not None:
+            return Unavailable(self._replica_id)
         self._streams.announce(call.gateway_id, request)
         try:
             await asyncio.wrap_future(self._engine.add(request))
@@ -131,9 +137,20 @@ class LLMReplica:
             yield frame
 
     async def check_health(self) -> None:
-        """Raises once the engine has failed, so that Serve replaces this replica."""
+        """Raises once the engine has failed or is stuck, so that Serve replaces this replica."""
         if self._engine.failure is not None:
             raise EngineStopped(f"the engine failed: {self._engine.failure}")
+        if self._stuck is not None:
+            raise EngineStopped(self._stuck)
+
+    async def _watch(self) -> None:
+        """Waits for the engine to be stuck; then its streams go on elsewhere, and this replica takes no more."""
+        while self._stuck is None:
+            await asyncio.sleep(WATCH_S)
+            if (seconds := self._engine.stuck_for()) is not None:
+                self._stuck = f"the engine is stuck: an iteration has taken {seconds:.1f} s"
+        logger.error("%s; %d requests go on elsewhere", self._stuck, self._streams.num_requests)
+        self._streams.give_up(self._stuck)
 
     def _deliver(self, emissions: Sequence[Emission], stats: EngineStats) -> None:
         # On the engine's thread. One hand-over per iteration, however many requests it served. When the loop is
@@ -149,9 +166,10 @@ class LLMReplica:
 
     async def __del__(self) -> None:
         # Serve awaits this at the end of a graceful shutdown.
-        metrics = getattr(self, "_metrics", None)
-        if metrics is not None:
-            metrics.cancel()
+        for name in ("_metrics", "_watching"):
+            task = getattr(self, name, None)
+            if task is not None:
+                task.cancel()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await asyncio.to_thread(engine.close)

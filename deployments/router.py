@@ -13,8 +13,8 @@ from hashlib import blake2b
 REPORT_LIFETIME_S = 2.0
 """For how long a replica's word about its load is believed; a replica without work of ours sends no frames."""
 
-AVOID_S = 5.0
-"""For how long a replica that refused everything comes last; by then Serve has noticed and replaced it."""
+AVOID_S = 15.0
+"""For how long a replica that takes nothing, or does not answer, comes last; Serve replaces it meanwhile."""
 
 
 class ReplicaGone(Exception):
@@ -127,6 +127,13 @@ class Ledger(Mapping[str, int]):
             now = self._clock()
             self._avoided = {replica: until for replica, until in self._avoided.items() if until > now}
             self._avoided[replica_id] = now + AVOID_S
+
+    def avoid_place_of(self, request_id: str) -> None:
+        """The same for the replica that a request was placed on, if it was."""
+        with self._lock:
+            debt = self._debts.get(request_id)
+        if debt is not None:
+            self.avoid(debt.replica_id)
 
     def forget(self, replica_id: str) -> None:
         """Drops what a replica that is gone has reported; its requests are released one by one."""

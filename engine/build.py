@@ -93,6 +93,7 @@ def assemble(config: EngineConfig) -> Assembly:
         Limits(kv.max_model_len, decoder.spec.vocab_size),
         eos_token_ids=load_eos_token_ids(path),
         model_path=path,
+        prefix_caching=config.kv.prefix_caching,
     )
     return Assembly(engine, forward, decoder.spec, kv_dtype, loaded.num_bytes)
 

@@ -45,6 +45,8 @@ class KVConfig(Config):
     dtype: Literal["auto", "model", "int8"] = "auto"
     """"model" is that of the activations; "int8" takes half the memory, with a scale for each token and head. "auto" is
     "int8" on a CPU where the weights are quantized too, else "model"."""
+    prefix_caching: bool = True
+    """Whether a prompt that begins like one that was computed before takes its pages over."""
     page_tokens: Annotated[int, Field(ge=1, le=512)] | Auto = "auto"
     """Tokens of one sequence that share one page; "auto" is 16 on a CPU and 256, which its kernels want, on a GPU."""
 
@@ -87,6 +89,10 @@ class EngineConfig(Config):
     """Longest sequence, prompt and output together; "auto" takes the model's, or what the KV memory can hold."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What computes; "auto" is a GPU where torch sees one."""
+    deterministic: bool = False
+    """Whether a token's probabilities are the same, bit for bit, however its sequence is cut into chunks: then a stream
+    that goes on from another replica, or from a cached prompt, draws what it would have drawn. On a CPU only; slower
+    with 8-bit keys and values."""
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Threads of the arithmetic; "auto" takes the cores this process may run on."""
     kv: KVConfig = KVConfig()

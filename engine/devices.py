@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from engine.config import EngineConfig, SchedulerConfig
-from engine.forward import Backend, CpuBackend, ReferenceBackend
+from engine.forward import Backend, CpuBackend, ReferenceBackend, make_rope
 from engine.kernels.cpu.compiler import load_library
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import missing_kernel
 from engine.kernels.cpu.threads import bind_threads
 from engine.kernels.cpu.vocabulary import CpuReductions
 from engine.machine import available_bytes, available_cores
+from engine.models.spec import ModelSpec
 from engine.runner import LOGPROB_ROWS
 from engine.sampler import Sampler
 
@@ -59,19 +60,24 @@ class Cpu:
         self.threads = available_cores() if config.threads == "auto" else config.threads
         self.page_tokens = CPU_PAGE_TOKENS if config.kv.page_tokens == "auto" else config.kv.page_tokens
         self._scheduler = config.scheduler
+        self._deterministic = config.deterministic
         torch.set_num_threads(self.threads)
         self._library: Future[Library | None] = Future()
         Thread(target=self._compile, name="compile-kernels", daemon=True).start()
 
     def backend(self, loaded: "LoadedModel") -> Backend:
-        return choose_backend(
+        backend = choose_backend(
             self._library.result(),
             loaded.dtype,
             loaded.spec.head_dim,
             self.page_tokens,
             self.threads,
             self._scheduler,
+            deterministic=self._deterministic,
         )
+        if self._deterministic and (reason := _chunk_dependence(backend, loaded.spec)):
+            raise ValueError(f"deterministic results are not to be had here: {reason}")
+        return backend
 
     def free_bytes(self) -> int:
         return available_bytes()
@@ -126,6 +132,8 @@ def choose_device(config: EngineConfig) -> Device:
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise ValueError('device "cuda" needs a CUDA device and a CUDA build of torch; use "cpu" or "auto" here')
+    if config.deterministic and has_gpu and config.device != "cpu":
+        raise ValueError("deterministic results are to be had on a CPU only; choose device cpu")
     if has_gpu and config.device != "cpu":
         return Cuda(config)
     if config.quantization == "fp8":
@@ -140,6 +148,8 @@ def choose_backend(
     page_tokens: int,
     threads: int,
     scheduler: SchedulerConfig,
+    *,
+    deterministic: bool = False,
 ) -> CpuBackend | ReferenceBackend:
     """The C kernels where they were compiled and know the model, else plain torch."""
     if library is None:
@@ -148,4 +158,16 @@ def choose_backend(
         log.warning("%s; the slower reference kernels run", reason)
         return ReferenceBackend()
     max_rows = max(scheduler.max_sequences, LOGPROB_ROWS)
-    return CpuBackend(library, threads, max_tokens=scheduler.max_batch_tokens, max_rows=max_rows)
+    return CpuBackend(
+        library, threads, max_tokens=scheduler.max_batch_tokens, max_rows=max_rows, deterministic=deterministic
+    )
+
+
+def _chunk_dependence(backend: Backend, spec: ModelSpec) -> str | None:
+    """Why a token's logits depend on the chunk in which it is computed; None if they do not."""
+    if not isinstance(backend, CpuBackend):
+        return "only the compiled kernels know how"
+    rope = make_rope(spec, torch.device("cpu"))
+    if rope is not None and rope.fixed_frequencies is None:
+        return "this model's rotary positions follow the length of what is computed together"
+    return None

@@ -8,10 +8,13 @@ import secrets
 from pathlib import Path
 
 from engine.executor import Executor
+from engine.kv.keys import root_key
 from engine.limits import Limits, check_request
 from engine.scheduler import Scheduler
 from engine.sequence import Emission, Order, Request, Sequence
 from engine.stats import EngineStats
+
+_HEAD_START = 2**62
 
 
 class Engine:
@@ -25,12 +28,15 @@ class Engine:
         *,
         eos_token_ids: tuple[int, ...] = (),
         model_path: Path | None = None,
+        prefix_caching: bool = True,
     ) -> None:
+        """Without `prefix_caching`, the samples of one request are all that share pages."""
         self._scheduler = scheduler
         self._executor = executor
         self._num_in_flight = 0
         self._arrivals = itertools.count()
         self._sequence_ids = itertools.count()
+        self._prefix_caching = prefix_caching
         self.limits = limits
         self.eos_token_ids = eos_token_ids
         self.model_path = model_path
@@ -82,7 +88,9 @@ class Engine:
             frozenset() if params.ignore_eos else frozenset(self.eos_token_ids)
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        arrival = next(self._arrivals)
+        # A stream that goes on from elsewhere has had its turn in the queue.
+        arrival = next(self._arrivals) - (_HEAD_START if request.given else 0)
+        root = root_key("salt", request.cache_salt or "") if self._prefix_caching else root_key("arrival", str(arrival))
         return [
             Sequence(
                 sequence_id=next(self._sequence_ids),
@@ -91,7 +99,9 @@ class Engine:
                 seed=seed,
                 stop_token_ids=stop_token_ids,
                 max_tokens=max_tokens,
-                tokens=list(prompt),
+                tokens=[*prompt, *(request.given[sample_index] or ())] if request.given else list(prompt),
+                num_scored=request.num_scored,
+                root=root,
             )
-            for sample_index in range(params.n)
+            for sample_index in request.open_samples
         ]

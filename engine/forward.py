@@ -70,11 +70,13 @@ class CpuBackend:
     name = "C"
     kv_layout = KVLayout.WORDS
 
-    def __init__(self, library: Library, threads: int, *, max_tokens: int, max_rows: int) -> None:
+    def __init__(
+        self, library: Library, threads: int, *, max_tokens: int, max_rows: int, deterministic: bool = False
+    ) -> None:
         """`max_tokens` of one step, and `max_rows` whose logits are asked for at once."""
         self._recorder = Recorder(library, threads, max_tokens)
         self._max_rows = max_rows
-        self.operators = CpuOperators(self._recorder)
+        self.operators = CpuOperators(self._recorder, deterministic=deterministic)
 
     def forward(self, decoder: Decoder, cache: PagedKVCache) -> "ProgramForward":
         return ProgramForward(decoder, cache, self._recorder, max_rows=self._max_rows)

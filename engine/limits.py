@@ -46,10 +46,28 @@ def check_request(request: Request, limits: Limits) -> None:
             code="context_length_exceeded",
         )
     max_tokens = limits.max_output(request)
+    _check_given(request, limits, max_tokens)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens ({params.min_tokens}) must not be more than max_tokens ({max_tokens})", param="min_tokens"
         )
+
+
+def _check_given(request: Request, limits: Limits, max_tokens: int) -> None:
+    if not request.given:
+        return
+    if len(request.given) != request.params.n or not request.open_samples:
+        raise InvalidRequest(
+            f"{len(request.given)} samples were given, {len(request.open_samples)} of them unfinished; expected "
+            f"{request.params.n} with at least one unfinished",
+            param="given",
+        )
+    for tokens in request.given:
+        _check_tokens(tokens or (), limits, "given")
+        if len(tokens or ()) >= max_tokens:
+            raise InvalidRequest(
+                f"an unfinished sample was given {len(tokens or ())} tokens of at most {max_tokens}", param="given"
+            )
 
 
 def _check_tokens(token_ids: Iterable[int], limits: Limits, param: str) -> None:

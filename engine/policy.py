@@ -15,7 +15,7 @@ class Demand:
     """Pages one waiting sequence asks for."""
 
     now: int
-    """New pages that its present tokens need."""
+    """Free pages that its present tokens take: new ones, and idle ones that hold some of them already."""
     at_most: int
     """All pages it can ever hold: prompt and max_tokens."""
 

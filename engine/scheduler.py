@@ -12,8 +12,9 @@ from operator import attrgetter
 from typing import Any
 
 from engine.batch import Batch, StepOutput, TokenLogprob
-from engine.batching import Chunk, Layout, build_batch
+from engine.batching import Chunk, Layout, build_batch, wants_prompt_logprobs
 from engine.config import SchedulerConfig
+from engine.kv.keys import page_keys
 from engine.kv.pages import PagePool
 from engine.lanes import Lanes
 from engine.policy import (
@@ -34,8 +35,9 @@ class Scheduler:
     """`plan()` gives the next batch, `commit()` takes its output; between the two, sequences may be added and aborted.
 
     Invariants: `waiting` and `running` are sorted by order and disjoint. A running sequence has pages for every token
-    it has, except the one page a decode may need next, and is in a lane for as long as it has them. Samples after the
-    first of a request are held back until the first has computed the prompt, and then share its full pages.
+    it has, except the one page a decode may need next, and is in a lane for as long as it has them; a waiting sequence
+    has none. Samples after the first of a request are held back until the first has computed the prompt, and then find
+    its full pages.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Scheduler:
         self._preemptions = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -77,6 +81,8 @@ class Scheduler:
             generation_tokens_total=self._generation_tokens,
             steps_total=self._steps_back,
             last_step_tokens=self._last_step_tokens,
+            prefix_queries_total=self._prefix_queries,
+            prefix_hits_total=self._prefix_hits,
         )
 
     # -- what comes in -----------------------------------------------------------------------------------------------
@@ -146,10 +152,13 @@ class Scheduler:
             if sequence.status is Status.FINISHED:  # aborted while it was in flight
                 self._release(sequence)
                 continue
+            if sequence.num_computed - sequence.num_indexed >= self._page_tokens and index not in output.failed:
+                self._index(sequence)
             if self._siblings:
                 self._fork_siblings(sequence)
             tokens, goes_on = sequence.tokens, token_id not in sequence.stop_token_ids
-            if goes_on and len(tokens) + 1 < sequence.max_len and logprob is None and plain:
+            plain_here = logprob is None and plain and not sequence.num_cached
+            if goes_on and len(tokens) + 1 < sequence.max_len and plain_here:
                 tokens.append(token_id)
                 self._generation_tokens += 1
                 emissions.append(Emission(sequence.request.request_id, sequence.order.sample_index, (token_id,)))
@@ -159,7 +168,9 @@ class Scheduler:
             sequence.in_flight = False
             if sequence.status is Status.FINISHED:
                 self._release(sequence)
-            elif fresh := scored.get(sequence.sequence_id):
+                continue
+            self._index(sequence)
+            if fresh := scored.get(sequence.sequence_id):
                 emissions.append(_emission(sequence, prompt_logprobs=fresh))
         return emissions
 
@@ -189,28 +200,51 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self._config.max_sequences:
             sequence = self.waiting[0]
-            need = self._pages_for(len(sequence.tokens)) - len(sequence.pages)
-            if not self.running:
-                self._make_room(sequence, need, self.waiting)
-            if not self._admits(Demand(need, self._pages_at_most(sequence)), self._supply()):
+            found = self._find(sequence)
+            need = self._pages_for(len(sequence.tokens)) - len(found)
+            # Pages that are found and idle are free ones too, and are not any more once they are shared.
+            now = need + self.pool.count_idle(found)
+            if now > self.pool.num_free or not self._admits(Demand(now, self._pages_at_most(sequence)), self._supply()):
                 break
-            if not self._make_room(sequence, need, self.waiting):
-                break
-            sequence.pages.extend(self.pool.allocate(need))
-            self._start(sequence)
+            self.pool.share(found)
+            sequence.pages = found + self.pool.allocate(need)
+            self._start(sequence, len(found) * self._page_tokens)
             count = chunk_tokens(sequence.num_remaining, budget)
             chunks.append(Chunk(sequence, count))
             budget -= count
 
-    def _start(self, sequence: Sequence) -> None:
-        """From waiting to running."""
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Pages that hold its first tokens already. One token at least is left to compute: its logits are needed."""
+        if wants_prompt_logprobs(sequence):  # and here those of all
+            return []
+        most = (len(sequence.tokens) - 1) // self._page_tokens
+        return self.pool.index.match(self._keys(sequence, most))
+
+    def _index(self, sequence: Sequence) -> None:
+        """Lets others find what the sequence has computed."""
+        num_pages = sequence.num_computed // self._page_tokens
+        keys = self._keys(sequence, num_pages)
+        for page in range(sequence.num_indexed // self._page_tokens, num_pages):
+            self.pool.index.insert(keys[page], sequence.pages[page])
+        sequence.num_indexed = num_pages * self._page_tokens
+
+    def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
+        return page_keys(sequence.root, sequence.tokens, self._page_tokens, num_pages, sequence.keys)
+
+    def _start(self, sequence: Sequence, num_found: int) -> None:
+        """From waiting to running, with pages, the first `num_found` tokens of which are computed."""
         self.waiting.remove(sequence)
+        sequence.num_computed = sequence.num_indexed = num_found
+        self._outstanding -= num_found
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_by_order)
         self._lanes.enter(sequence)
         self._reserved += self._pages_at_most(sequence)
-        if sequence.num_preemptions == 0 and sequence.sample_index == 0:
+        if sequence.num_preemptions == 0 and sequence.sample_index == 0 and not sequence.request.given:
             self._prompt_tokens += sequence.num_prompt
+            self._prefix_queries += sequence.num_prompt
+            self._prefix_hits += num_found
+            sequence.num_cached = num_found
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of running."""
@@ -225,6 +259,7 @@ class Scheduler:
         token_id, logprob = output.token_ids[index], output.logprobs[index]
         sequence.tokens.append(token_id)
         self._generation_tokens += 1
+        cached, sequence.num_cached = sequence.num_cached, 0
         reason = sequence.finish_reason_after(token_id)
         if reason is not None:
             self._finish(sequence)
@@ -235,6 +270,7 @@ class Scheduler:
             prompt_logprobs=scored,
             finish_reason=reason,
             stop_token_id=token_id if reason is FinishReason.STOP else None,
+            cached_tokens=cached,
         )
 
     def _scored(self, layout: Layout, output: StepOutput) -> dict[int, tuple[TokenLogprob, ...]]:
@@ -254,7 +290,7 @@ class Scheduler:
         """Makes sure of the page that the next token is written to; False if the sequence cannot run now."""
         if len(sequence.pages) * self._page_tokens >= len(sequence.tokens):
             return True
-        if not (self._make_room(sequence, 1, self.waiting) or self._make_room(sequence, 1, self.running)):
+        if not self._make_room(sequence):
             # With batches in flight a page may come back by itself; otherwise earlier sequences need these pages.
             if not self._in_flight:
                 self._preempt(sequence)
@@ -263,46 +299,37 @@ class Scheduler:
         self._lanes.add_page(sequence)
         return True
 
-    def _make_room(self, beneficiary: Sequence, count: int, holders: list[Sequence]) -> bool:
-        """Takes pages from `holders` that come later, until `count` pages are free; False if that is not enough.
-
-        Waiting sequences hold pages only while they share a prompt that another sample has computed: losing them costs
-        little, so they are asked before the running ones.
-        """
-        while self.pool.num_free < count:
-            victim = choose_victim(holders, beneficiary)
+    def _make_room(self, beneficiary: Sequence) -> bool:
+        """Takes the pages of sequences that come later until one is free; False if there is nobody to take from."""
+        while self.pool.num_free == 0:
+            victim = choose_victim(self.running, beneficiary)
             if victim is None:
                 return False
             self._preempt(victim)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Drops the sequence's pages; its tokens stay, and are prefilled again when it is next in order."""
+        """Drops a running sequence's pages; its tokens stay. Those whose pages were taken meanwhile are prefilled again
+        when it is next in order."""
         self._release(sequence)
         self._outstanding += sequence.num_computed
-        sequence.num_computed = 0
-        if sequence.status is Status.RUNNING:
-            self._preemptions += 1
-            sequence.num_preemptions += 1
-            sequence.status = Status.WAITING
-            self._leave(sequence)
-            insort(self.waiting, sequence, key=_by_order)
+        sequence.num_computed = sequence.num_indexed = 0
+        self._preemptions += 1
+        sequence.num_preemptions += 1
+        sequence.status = Status.WAITING
+        self._leave(sequence)
+        insort(self.waiting, sequence, key=_by_order)
 
     def _fork_siblings(self, first: Sequence) -> None:
-        """Lets the other samples of a request in, sharing the prompt's full pages.
+        """Lets the other samples of a request in, which find the prompt's full pages.
 
-        The last prompt token is left to each sample: its logits are what they draw their first token from. A partly
-        filled page is computed again by each rather than copied on write.
+        A partly filled page is computed again by each rather than copied on write.
         """
         siblings = self._siblings.pop(first.request.request_id, None)
         if siblings is None:
             return
-        num_shared = (first.num_prompt - 1) // self._page_tokens
         for sequence in siblings:
-            sequence.pages = first.pages[:num_shared]
-            self.pool.share(sequence.pages)
-            sequence.num_computed = num_shared * self._page_tokens
-            self._outstanding -= sequence.num_computed
+            sequence.keys = self._keys(first, first.num_prompt // self._page_tokens)
             insort(self.waiting, sequence, key=_by_order)
 
     def _finish(self, sequence: Sequence) -> None:

@@ -15,6 +15,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    MOVED = "moved"
+    """Not for clients: this engine gives the stream up, and another one can go on with it. With an error it failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,20 @@ class Request:
     params: SamplingParams
     priority: int = 0
     """Lower runs first, as in vLLM."""
+    cache_salt: str | None = None
+    """Requests share computed prompts only with those of the same salt."""
+    given: tuple[tuple[int, ...] | None, ...] = ()
+    """Of a request that goes on from another replica: per sample the tokens that it brought there, None if it finished.
+    They count as its output. Empty: nothing has been brought."""
+    num_scored: int = 0
+    """Likewise, prompt tokens whose logprobs were reported."""
+
+    @property
+    def open_samples(self) -> tuple[int, ...]:
+        """Indices of the samples that still bring tokens."""
+        if not self.given:
+            return tuple(range(self.params.n))
+        return tuple(index for index, tokens in enumerate(self.given) if tokens is not None)
 
 
 class Emission(NamedTuple):
@@ -43,7 +59,9 @@ class Emission(NamedTuple):
     stop_token_id: int | None = None
     """The stop token that ended the stream, when one did."""
     error: str | None = None
-    """With FinishReason.ERROR: what went wrong."""
+    """With FinishReason.ERROR or MOVED: what went wrong."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the cache; with the first token of sample 0."""
 
 
 class Order(NamedTuple):
@@ -78,9 +96,15 @@ class Sequence:
     """Output tokens at most: the request's limit, cut to what the model's length leaves."""
     tokens: list[int] = field(default_factory=list)
     """Prompt, then output."""
+    root: bytes = b""
+    """The key before its first page (`engine.kv.keys`): sequences of different roots share no pages."""
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     """Tokens whose keys and values are, or will be after the batches in flight, in `pages`."""
+    num_indexed: int = 0
+    """Tokens, from the first on, whose pages others can find."""
+    num_cached: int = 0
+    """Of the prompt, tokens that were found in the cache at first and are still to be reported."""
     status: Status = Status.WAITING
     in_flight: bool = False
     """In a batch that was submitted and not collected; such a sequence is neither scheduled nor preempted."""
@@ -89,6 +113,8 @@ class Sequence:
     """Prompt tokens, from the second on, whose logprobs were reported."""
     lane: int = -1
     """Its row in the scheduler's `Lanes` while it has one."""
+    keys: list[bytes] = field(default_factory=list)
+    """Of its full pages, as far as anybody has asked for them."""
     num_prompt: int = field(init=False)
     max_len: int = field(init=False)
     """Tokens at most, prompt and output."""

@@ -13,6 +13,7 @@ class EngineStats:
     """Sequences that wait for admission, preempted ones included."""
     num_pages: int
     num_free_pages: int
+    """Pages that no sequence holds; what they hold may still be findable."""
     num_outstanding_tokens: int
     """Prompt tokens to compute plus output tokens that may still be drawn, over all unfinished sequences."""
     preemptions_total: int
@@ -23,6 +24,10 @@ class EngineStats:
     """Iterations that came back."""
     last_step_tokens: int = 0
     """Tokens of the latest of them, prompt chunks and decodes together."""
+    prefix_queries_total: int = 0
+    """Prompt tokens of admitted sequences that were looked for in the cache."""
+    prefix_hits_total: int = 0
+    """Those of them that were there."""
 
     @property
     def kv_usage(self) -> float:

@@ -69,6 +69,18 @@ _METRICS = (
     Metric("manta:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", Kind.GAUGE, Owner.REPLICA),
     Metric("manta:num_preemptions_total", "Cumulative number of preemptions.", Kind.COUNTER, Owner.REPLICA),
     Metric("manta:prompt_tokens_total", "Number of prompt tokens of admitted requests.", Kind.COUNTER, Owner.REPLICA),
+    Metric(
+        "manta:prefix_cache_queries_total",
+        "Number of prompt tokens that were looked for in the prefix cache.",
+        Kind.COUNTER,
+        Owner.REPLICA,
+    ),
+    Metric(
+        "manta:prefix_cache_hits_total",
+        "Number of prompt tokens that were found in the prefix cache.",
+        Kind.COUNTER,
+        Owner.REPLICA,
+    ),
     Metric("manta:generation_tokens_total", "Number of generation tokens produced.", Kind.COUNTER, Owner.REPLICA),
     Metric(
         "manta:iteration_tokens_total",
@@ -84,6 +96,14 @@ _METRICS = (
         Owner.GATEWAY,
         labels=("finished_reason",),
         initial=tuple((reason,) for reason in FINISH_REASONS),
+    ),
+    Metric(
+        "manta:request_continuations_total",
+        "Count of interrupted streams that were sent on to another replica, by why: it was lost, or it drains.",
+        Kind.COUNTER,
+        Owner.GATEWAY,
+        labels=("reason",),
+        initial=(("lost",), ("moved",)),
     ),
     Metric(
         "manta:time_to_first_token_seconds",

@@ -102,6 +102,8 @@ class EngineMeter:
         for name, grown in (
             ("manta:num_preemptions_total", stats.preemptions_total - last.preemptions_total),
             ("manta:prompt_tokens_total", stats.prompt_tokens_total - last.prompt_tokens_total),
+            ("manta:prefix_cache_queries_total", stats.prefix_queries_total - last.prefix_queries_total),
+            ("manta:prefix_cache_hits_total", stats.prefix_hits_total - last.prefix_hits_total),
             ("manta:generation_tokens_total", stats.generation_tokens_total - last.generation_tokens_total),
         ):
             if grown:

@@ -29,7 +29,7 @@ async def create_chat_completion(service: Service, http: HttpRequest) -> Respons
     served = await service.model(body.model)
     prompt = await _prompt(body, served)
     answer_id = f"chatcmpl-{request_id_of(http.scope)}"
-    request = Request(answer_id, tuple(prompt), chat_params(body), body.priority or 0)
+    request = Request(answer_id, tuple(prompt), chat_params(body), body.priority or 0, body.cache_salt)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     check(request, served.card, {"prompt": "messages", "max_tokens": limit})
     generation = Generation(service.backend, served.text, [request], text_options(body), meter)

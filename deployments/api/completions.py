@@ -33,7 +33,7 @@ async def create_completion(service: Service, http: HttpRequest) -> Response:
     params = completion_params(body, served.card.max_model_len - max(map(len, prompts)))
     answer_id = f"cmpl-{request_id_of(http.scope)}"
     requests = [
-        Request(f"{answer_id}-{number}", tuple(prompt), params, body.priority or 0)
+        Request(f"{answer_id}-{number}", tuple(prompt), params, body.priority or 0, body.cache_salt)
         for number, prompt in enumerate(prompts)
     ]
     for number, request in enumerate(requests):

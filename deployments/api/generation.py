@@ -92,7 +92,7 @@ class Generation:
 
     def _feed(self, prompt: int, emission: Emission) -> Piece | None:
         """The piece an emission makes, or None if it adds nothing."""
-        if emission.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        if emission.finish_reason in (FinishReason.ERROR, FinishReason.ABORT, FinishReason.MOVED):
             raise GenerationFailed(emission.error or "the generation was aborted by the server")
         index = prompt * self._n + emission.sample_index
         sample = self._samples[index]
@@ -100,6 +100,7 @@ class Generation:
             return None  # Tokens drawn after a stop string, before the backend heard of it; or prompt logprobs alone.
         piece = sample.feed(emission)
         journal = self._journals[prompt]
+        journal.cached_tokens += emission.cached_tokens
         journal.give(emission.sample_index, piece.token_ids)
         if piece.token_ids:
             self._meter.tokens(index, len(piece.token_ids))

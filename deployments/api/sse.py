@@ -1,9 +1,11 @@
 """Server-sent events as OpenAI frames them: `data: <json>` and an empty line.
 
 Owns the life of a stream: the status is sent with the first event and not before, so that early failures have a status
-of their own; a later failure is an event; and however the stream ends, its source has been closed.
+of their own; a later failure is an event; a silent stream is kept open with comments, which clients ignore; and however
+the stream ends, its source has been closed.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -13,6 +15,9 @@ from starlette.types import Receive, Scope, Send
 from deployments.api.connection import request_id_of, unless_disconnected
 from deployments.api.errors import ClientDisconnected, explain
 
+KEEP_ALIVE_S = 10.0
+"""Longest silence: proxies close connections that say nothing for half a minute or more."""
+_KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -24,10 +29,11 @@ def event(payload: bytes) -> bytes:
 class EventStream(Response):
     """A response that is written while it is made. `events` are framed already."""
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], keep_alive_s: float = KEEP_ALIVE_S) -> None:
         super().__init__(headers=_HEADERS, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events = events
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -36,23 +42,53 @@ class EventStream(Response):
             return
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            try:
-                first = await anext(events)
-            except Exception as error:
-                await explain(error, request_id_of(scope)).response()(scope, receive, send)
-                return
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
-            while True:
-                try:
-                    part = await anext(events)
-                except StopAsyncIteration:
-                    break
-                except Exception as error:
-                    # No [DONE] after this: a client must not take a broken answer for a whole one.
-                    part = event(explain(error, request_id_of(scope)).body())
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-                    break
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        body = _Body(send, self.raw_headers)
+        keeping_alive = asyncio.create_task(body.keep_alive(self._keep_alive_s))
+        try:
+            async with aclosing(self._events) as events:
+                while True:
+                    try:
+                        part = await anext(events)
+                    except StopAsyncIteration:
+                        break
+                    except Exception as error:
+                        explanation = explain(error, request_id_of(scope))
+                        if not body.begun:
+                            await explanation.response()(scope, receive, send)
+                            return
+                        # No [DONE] after this: a client must not take a broken answer for a whole one.
+                        await body.write(event(explanation.body()))
+                        break
+                    await body.write(part)
+            await body.end()
+        finally:
+            keeping_alive.cancel()
+
+
+class _Body:
+    """What has been sent of a response. Every write is whole events, so that a comment may come between any two."""
+
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        self._send = send
+        self._headers = headers
+        self._is_silent = True
+        self.begun = False
+        """Whether the status is out."""
+
+    async def write(self, part: bytes) -> None:
+        self._is_silent = False
+        if not self.begun:
+            self.begun = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        await self._send({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def keep_alive(self, period_s: float) -> None:
+        """Writes a comment whenever nothing was written for a period, until cancelled."""
+        while True:
+            self._is_silent = True
+            await asyncio.sleep(period_s)
+            if self._is_silent:
+                await self.write(_KEEP_ALIVE)

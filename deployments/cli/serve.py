@@ -54,6 +54,10 @@ def serve(
     kv_memory: Annotated[
         str | None, typer.Option(help='Such as "2GiB", or auto. [auto]', rich_help_panel=_MODEL)
     ] = None,
+    prefix_caching: Annotated[
+        bool | None,
+        typer.Option(help="Whether prompts that begin alike share what was computed. [yes]", rich_help_panel=_MODEL),
+    ] = None,
     max_sequences: Annotated[
         int | None, typer.Option(help="Sequences run at once. [128]", rich_help_panel=_MODEL)
     ] = None,
@@ -64,6 +68,10 @@ def serve(
         str | None, typer.Option(help="optimistic, or reserve. [optimistic]", rich_help_panel=_MODEL)
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto. [auto]", rich_help_panel=_MODEL)] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(help="The same bits however a sequence is cut, at some speed. [no]", rich_help_panel=_MODEL),
+    ] = None,
     threads: Annotated[
         str | None, typer.Option(help="Of the arithmetic, per replica, or auto. [auto]", rich_help_panel=_MODEL)
     ] = None,
@@ -97,8 +105,10 @@ def serve(
         "engine.max_model_len": max_model_len,
         "engine.device": device,
         "engine.threads": threads,
+        "engine.deterministic": deterministic,
         "engine.kv.memory": kv_memory,
         "engine.kv.dtype": kv_dtype,
+        "engine.kv.prefix_caching": prefix_caching,
         "engine.scheduler.max_sequences": max_sequences,
         "engine.scheduler.max_batch_tokens": max_batch_tokens,
         "engine.scheduler.admission": admission,

@@ -40,7 +40,8 @@ class FakeEngine:
         self._step_s = step_s
         self.model_path = model_path
         self._requests: dict[str, Request] = {}
-        self._produced: dict[str, int] = {}
+        self._produced: dict[str, dict[int, int]] = {}
+        """Request id -> open sample -> tokens so far."""
         self._prompt_total = self._generated_total = self._steps_total = 0
         self.closed = False
 
@@ -48,7 +49,9 @@ class FakeEngine:
         if not request.prompt_token_ids:
             raise InvalidRequest("empty prompt", param="prompt")
         self._requests[request.request_id] = request
-        self._produced[request.request_id] = 0
+        self._produced[request.request_id] = {
+            sample: len(request.given[sample] or ()) if request.given else 0 for sample in request.open_samples
+        }
         self._prompt_total += len(request.prompt_token_ids)
 
     def abort(self, request_id: str) -> None:
@@ -63,10 +66,12 @@ class FakeEngine:
         for request in list(self._requests.values()):
             if request.prompt_token_ids == CRASH_PROMPT:
                 raise RuntimeError("a kernel failed")
-            index = self._produced[request.request_id]
-            self._produced[request.request_id] += 1
-            last = index + 1 == request.params.max_tokens
-            for sample in range(request.params.n):
+            produced = self._produced[request.request_id]
+            for sample, index in list(produced.items()):
+                produced[sample] += 1
+                last = index + 1 == request.params.max_tokens
+                if last:
+                    del produced[sample]
                 emissions.append(
                     Emission(
                         request.request_id,
@@ -75,7 +80,7 @@ class FakeEngine:
                         finish_reason=FinishReason.LENGTH if last else None,
                     )
                 )
-            if last:
+            if not produced:
                 del self._requests[request.request_id]
         self._generated_total += len(emissions)
         self._steps_total += 1
@@ -83,7 +88,8 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         outstanding = sum(
-            (request.params.max_tokens or 0) - self._produced[request.request_id] for request in self._requests.values()
+            (request.params.max_tokens or 0) - max(self._produced[request.request_id].values())
+            for request in self._requests.values()
         )
         return EngineStats(
             num_running=len(self._requests),

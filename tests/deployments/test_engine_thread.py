@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from deployments import liveness
 from deployments.engine_thread import EngineStopped, EngineThread
 from engine.errors import InvalidRequest, ModelError
 from engine.sampling_params import SamplingParams
@@ -126,7 +127,7 @@ def test_failed_iteration_ends_every_stream_with_an_error(harness: Harness, capl
     harness.thread.add(request("culprit", *CRASH_PROMPT, max_tokens=10))
     ends = [emission for emission in harness.wait_for_finish("victim", samples=3) if emission.finish_reason]
     assert {emission.sample_index for emission in ends} == {0, 1, 2}
-    assert all(emission.finish_reason is FinishReason.ERROR for emission in ends)
+    assert all(emission.finish_reason is FinishReason.MOVED for emission in ends), "another engine may go on"
     assert all("a kernel failed" in (emission.error or "") for emission in ends)
     assert "a kernel failed" in str(harness.thread.failure)
     assert caplog.text.count("Traceback") == 1
@@ -169,3 +170,30 @@ def test_close_releases_the_engine_while_it_works(harness: Harness) -> None:
     assert harness.engine.closed
     with pytest.raises(EngineStopped):
         harness.thread.add(request("late")).result(WAIT_S)
+
+
+def test_an_iteration_that_does_not_end_is_noticed_and_a_busy_engine_is_not(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "LEAST_S", 0.2)
+    for number in range(20):
+        harness.thread.add(request(f"r{number}", max_tokens=50)).result(WAIT_S)
+    for number in range(20):
+        assert harness.thread.stuck_for() is None
+        harness.wait_for_finish(f"r{number}")
+    go_on = threading.Event()
+    step = harness.engine.step
+
+    def stuck_step() -> list[Emission]:
+        go_on.wait(WAIT_S)
+        return step()
+
+    harness.engine.step = stuck_step  # type: ignore[method-assign]
+    harness.thread.add(request("stuck")).result(WAIT_S)
+    deadline = time.monotonic() + WAIT_S
+    while harness.thread.stuck_for() is None:
+        assert time.monotonic() < deadline, "nobody noticed"
+        time.sleep(0.01)
+    go_on.set()
+    harness.wait_for_finish("stuck")
+    assert harness.thread.stuck_for() is None

@@ -208,3 +208,25 @@ def test_forgotten_request_is_not_sent_any_more() -> None:
 
 async def _collect(stream: AsyncGenerator[Frame, None]) -> list[Frame]:
     return [frame async for frame in stream]
+
+
+def test_a_replica_that_gives_up_tells_every_gateway_once() -> None:
+    async def scenario(setting: Setting) -> None:
+        streams = setting.streams
+        streams.announce("g1", request("r1", n=2))
+        streams.announce("g2", request("r2"))
+        streams.publish([token("r1", 1)], STATS)
+        streams.give_up("the engine is stuck")
+        streams.publish([token("r1", 2), token("r2", 3)], STATS)
+
+        async def read(gateway_id: str) -> list[Emission]:
+            return [emission async for frame in streams.attach(gateway_id) for emission in frame.emissions]
+
+        (first, moved), others = await asyncio.gather(read("g1"), read("g2"))
+        assert first.token_ids == (1,)
+        assert (moved.request_id, moved.finish_reason) == ("r1", FinishReason.MOVED)
+        assert moved.error == "the engine is stuck"
+        assert [emission.finish_reason for emission in others] == [FinishReason.MOVED]
+        assert streams.num_requests == 0 and not setting.aborted
+
+    run(scenario)

@@ -137,3 +137,15 @@ def test_ledger_does_not_travel() -> None:
     ledger = Ledger()
     ledger.place("r", 100, ["a"])
     assert pickle.loads(pickle.dumps(ledger)) == {}
+
+
+def test_the_place_of_a_request_that_got_no_answer_comes_last_for_a_while() -> None:
+    clock = Clock()
+    ledger = Ledger(clock)
+    silent = ledger.place("r", 100, ["a", "b"])[0]
+    ledger.avoid_place_of("r")
+    ledger.avoid_place_of("unknown")
+    ledger.release("r")
+    assert all(ledger.place(f"r{i}", 1000, ["a", "b"])[-1] == silent for i in range(5))
+    clock.now += AVOID_S + 1
+    assert ledger.place("later", 1, ["a", "b"])[0] == silent

@@ -88,6 +88,7 @@ class Streams:
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.prompt_logprobs: dict[tuple[str, int], list[TokenLogprob]] = {}
         self.finished: dict[tuple[str, int], Emission] = {}
+        self.cached: dict[tuple[str, int], int] = {}
 
     def take(self, emissions: list[Emission]) -> None:
         for emission in emissions:
@@ -95,6 +96,9 @@ class Streams:
             assert key not in self.finished, f"{key} went on after it had finished"
             self.tokens.setdefault(key, []).extend(emission.token_ids)
             self.prompt_logprobs.setdefault(key, []).extend(emission.prompt_logprobs)
+            if emission.cached_tokens:
+                assert key not in self.cached, "the cached tokens were reported twice"
+                self.cached[key] = emission.cached_tokens
             if emission.finish_reason is not None:
                 self.finished[key] = emission
 

@@ -1,6 +1,7 @@
 """The whole engine on a real, tiny, random model: what a caller sees, whatever happens in the page pool."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,22 @@ def run(engine: Engine, requests: list[Request]) -> Streams:
     for request in requests:
         engine.add(request)
     return run_to_end(engine)
+
+
+def test_a_request_that_is_cut_goes_on_elsewhere_with_the_same_tokens(model: Path) -> None:
+    whole = run(engine_of(model), mixed_requests())
+    for cut in (0, 1, 17, 39):
+        rest = [
+            replace(
+                request,
+                given=tuple(tuple(whole.tokens[request.request_id, i][:cut]) for i in range(request.params.n)),
+                num_scored=len(whole.prompt_logprobs[request.request_id, 0]),
+            )
+            for request in mixed_requests()
+        ]
+        successor = run(engine_of(model), rest)
+        assert {key: whole.tokens[key][:cut] + tokens for key, tokens in successor.tokens.items()} == whole.tokens
+        assert not any(successor.prompt_logprobs.values())
 
 
 def test_tokens_and_logprobs_do_not_depend_on_company_chunking_or_preemption(model: Path) -> None:

@@ -1,93 +1,13 @@
 """The scheduler against a fake device, under random arrivals, lengths, aborts, priorities and tiny pools."""
 
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import SchedulerConfig
-from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.kv.pages import PagePool
-from engine.limits import Limits
-from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import FinishReason, Request
-from tests.engine.fakes import VOCAB, LedgerRunner, PipelinedExecutor, Streams, next_token, run_to_end
-
-
-@dataclass
-class Rig:
-    """An engine over the fake device, with everything a test wants to look at."""
-
-    num_pages: int = 64
-    page_tokens: int = 4
-    max_sequences: int = 8
-    max_batch_tokens: int = 16
-    admission: str = "optimistic"
-    depth: int = 1
-    eos: tuple[int, ...] = ()
-    poison: int | None = None
-    streams: Streams = field(default_factory=Streams)
-
-    def __post_init__(self) -> None:
-        self.pool = PagePool(self.num_pages)
-        config = SchedulerConfig(
-            max_sequences=self.max_sequences,
-            max_batch_tokens=max(self.max_batch_tokens, self.max_sequences),
-            admission=self.admission,
-        )
-        self.scheduler = Scheduler(config, self.pool, self.page_tokens)
-        self.runner = LedgerRunner(self.num_pages, self.page_tokens, self.poison)
-        limits = Limits(self.num_pages * self.page_tokens, VOCAB)
-        executor = PipelinedExecutor(self.runner, self.depth)
-        self.engine = Engine(self.scheduler, executor, limits, eos_token_ids=self.eos)
-
-    def step(self) -> None:
-        self.streams.take(self.engine.step())
-        self.check()
-
-    def check(self) -> None:
-        """What must hold between any two steps."""
-        scheduler = self.scheduler
-        unfinished = [s for samples in scheduler._sequences.values() for s in samples if s.status.value != "finished"]
-        in_flight = {id(s): s for layout in scheduler._in_flight for s in layout.sequences}
-        holders = {id(s): s for s in unfinished} | in_flight
-        self.pool.check_integrity(s.pages for s in holders.values())
-        lanes = [s.lane for s in holders.values() if s.lane >= 0]
-        assert len(set(lanes)) == len(lanes) == scheduler._lanes.num_taken
-        assert all(s.lane >= 0 for s in [*scheduler.running, *in_flight.values()])
-        assert len(scheduler.running) <= self.max_sequences
-        assert scheduler.running == sorted(scheduler.running, key=lambda s: s.order)
-        assert scheduler.waiting == sorted(scheduler.waiting, key=lambda s: s.order)
-        stats = self.engine.stats()
-        assert stats.num_outstanding_tokens == sum(s.num_outstanding for s in unfinished)
-        assert scheduler._reserved == sum(scheduler._pages_at_most(s) for s in scheduler.running)
-        assert stats.num_running + stats.num_waiting == len(unfinished)
-        if self.admission == "reserve":
-            assert stats.preemptions_total == 0
-            assert scheduler._reserved <= self.num_pages
-
-    def check_nothing_left(self) -> None:
-        assert self.pool.num_free == self.num_pages
-        stats = self.engine.stats()
-        assert (stats.num_running, stats.num_waiting, stats.num_outstanding_tokens) == (0, 0, 0)
-        assert not self.scheduler._sequences
-        assert not self.scheduler._siblings
-
-
-def request(name: str, prompt: list[int], *, priority: int = 0, **params: object) -> Request:
-    params.setdefault("seed", 0)
-    return Request(name, tuple(prompt), SamplingParams(**params), priority)
-
-
-def expected(prompt: list[int], count: int, seed: int = 0, sample_index: int = 0) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens, seed, sample_index))
-    return tokens[len(prompt) :]
-
+from engine.sequence import FinishReason
+from tests.engine.fakes import VOCAB, run_to_end
+from tests.engine.rig import Rig, expected, request
 
 arrivals = st.lists(
     st.tuples(
@@ -96,6 +16,7 @@ arrivals = st.lists(
         st.integers(1, 4),  # n
         st.integers(-1, 1),  # priority
         st.integers(0, 5),  # steps before the next arrival
+        st.integers(0, 2),  # which stem the prompt begins with
         st.one_of(st.none(), st.none(), st.integers(0, 12)),  # abort after so many steps
     ),
     min_size=1,
@@ -130,8 +51,8 @@ def test_every_request_finishes_with_its_own_tokens_and_no_page_leaks(
         rig.step()
         now += 1
 
-    for number, (length, max_tokens, n, priority, gap, abort_after) in enumerate(arrivals):
-        name, prompt = f"r{number}", [(number * 7 + i) % VOCAB for i in range(length)]
+    for number, (length, max_tokens, n, priority, gap, stem, abort_after) in enumerate(arrivals):
+        name, prompt = f"r{number}", [(stem * 7 + i) % VOCAB for i in range(length)]
         rig.engine.add(request(name, prompt, n=n, max_tokens=max_tokens, priority=priority, seed=number))
         rig.check()
         for index in range(n):
@@ -167,7 +88,7 @@ def test_nobody_is_overtaken_within_a_priority(
 ) -> None:
     """Orca's FCFS property, for one sample a request: whoever waits came after everyone who runs."""
     rig = Rig(num_pages, 4, 4, max_batch_tokens, admission)
-    for number, (length, max_tokens, _, priority, gap, _) in enumerate(arrivals):
+    for number, (length, max_tokens, _, priority, gap, _, _) in enumerate(arrivals):
         rig.engine.add(request(f"r{number}", [number] * length, max_tokens=max_tokens, priority=priority))
         for _ in range(gap):
             rig.step()

@@ -21,9 +21,11 @@ HEAD_DIM_STEP = 8
 class CpuAttention:
     """`engine.kernels.StepAttention` for float32 and bfloat16 queries, over a cache of their dtype or of int8."""
 
-    def __init__(self, target: Target, layout: AttentionLayout) -> None:
+    def __init__(self, target: Target, layout: AttentionLayout, *, deterministic: bool = False) -> None:
+        """`deterministic`: a token's result is the same, bit for bit, in whatever chunk of its sequence it comes."""
         self._target = target
         self._layout = layout
+        self._deterministic = deterministic
 
     def write(self, qkv: Tensor, cos_sin: Tensor | None, k: KVPages, v: KVPages, norm: QKNorm | None = None) -> Tensor:
         """Rotates in place: the result is a view of `qkv`."""
@@ -60,6 +62,7 @@ class CpuAttention:
             heads=heads,
             scale=scale,
             window=window or 0,
+            deterministic=int(self._deterministic),
             scratch=self._target.empty(self._scratch_bytes(heads, pages), dtype=torch.uint8),
             y=y,
             **pages._asdict(),

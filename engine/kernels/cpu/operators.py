@@ -29,8 +29,10 @@ def missing_kernel(dtype: torch.dtype, head_dim: int, page_tokens: int) -> str |
 class CpuOperators:
     """`engine.kernels.Operators` in C, for float32 and bfloat16. Rows of inputs are contiguous."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, *, deterministic: bool = False) -> None:
+        """`deterministic`: see `CpuAttention`; all other operators are so in any case."""
         self._target = target
+        self._deterministic = deterministic
 
     def linear(
         self,
@@ -82,7 +84,7 @@ class CpuOperators:
         return y
 
     def attention(self, layout: AttentionLayout) -> CpuAttention:
-        return CpuAttention(self._target, layout)
+        return CpuAttention(self._target, layout, deterministic=self._deterministic)
 
     def _norm(self, name: str, x: Tensor, residual: Tensor | None, **parameters: Field) -> tuple[Tensor, Tensor]:
         y, total = self._like(x), x if residual is None else self._like(x)

@@ -54,6 +54,7 @@ async def test_a_chat_answer(client, backend, text):
         "prompt_tokens": len(prompt),
         "completion_tokens": num_tokens,
         "total_tokens": len(prompt) + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

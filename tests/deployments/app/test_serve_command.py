@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from os import killpg
+from os import kill, killpg
 from pathlib import Path
 
 import openai
@@ -123,6 +123,13 @@ def test_serves_a_model_and_leaves_nothing_behind(server: tuple[Server, str], mo
         for _ in range(2)
     }
     assert len(texts) == 1
+    found = []
+    for salt in (None, None, "mine"):
+        answer = client.completions.create(
+            model=model.name, prompt="x" * 40, max_tokens=1, extra_body={"cache_salt": salt}
+        )
+        found.append(answer.usage.prompt_tokens_details.cached_tokens)
+    assert found == [0, 32, 0], "two pages of 16 tokens hold what the last token needs"
 
     started = below(running.process.pid)
     directories = {part for part in " ".join(started.values()).split("/") if part.startswith("manta-")}
@@ -169,6 +176,28 @@ def test_the_built_in_model_answers_in_english_on_two_replicas_and_stops_by_itse
             time.sleep(1.2)
             ask_together()
         assert len(generated()) == 2 and all(generated()), "both replicas took their share"
+
+        def tell_again() -> str:
+            chunks = client.chat.completions.create(
+                model="manta-tiny",
+                messages=[{"role": "user", "content": "Tell me a story about a cat."}],
+                temperature=0,
+                stream=True,
+                max_tokens=400,
+            )
+            text = ""
+            for number, chunk in enumerate(chunks):
+                text += chunk.choices[0].delta.content or ""
+                if number == 10:
+                    for replica in busy_replicas():
+                        kill(replica, signal.SIGKILL)
+            return text
+
+        def busy_replicas() -> list[int]:
+            """Both: one of them tells the story, and then there is none until one has been started anew."""
+            return [pid for pid, command in below(running.process.pid).items() if ":LLMReplica" in command]
+
+        assert tell_again() == story, "it was interrupted, or went on with other words"
 
         # The terminal is closed: the group is hung up, and nobody reads the output any more.
         started = below(running.process.pid)

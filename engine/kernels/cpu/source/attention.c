@@ -263,7 +263,7 @@ static struct shape tile_shape(const struct attend *args, const struct tile *til
         .rows = tile->queries * group,
         .group = group,
         .head_dim = args->head_dim,
-        .words = choose_words(cache, args->dtype, args->head_dim),
+        .words = choose_words(cache, args->dtype, args->head_dim, args->deterministic),
         .cache = cache,
         .page_tokens = args->page_tokens,
         .position = tile->position,

@@ -55,6 +55,7 @@ struct attend {
     int64_t head_dim;
     double scale;
     int64_t window;                 /* keys that a query sees, itself included; 0: all before it */
+    int64_t deterministic;          /* whether a query's result is the same in whatever chunk of its sequence it comes */
     void *scratch;                  /* for partial results; its size is the business of attention.py */
     void *y;                        /* [tokens, heads, head_dim], contiguous */
 };

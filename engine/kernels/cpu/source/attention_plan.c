@@ -62,11 +62,15 @@ static struct tile bounds(const struct plan *plan) {
         .head_parts = 1,
     };
     const int64_t seen = plan->args->window > 0 ? at_least(0, tile.position - plan->args->window + 1) : 0;
-    tile.begin = seen / GROUP * GROUP;
+    const int64_t unit = plan->args->deterministic ? FIXED_SEGMENT : GROUP;
+    tile.begin = seen / unit * unit;
     tile.end = tile.position + tile.queries;
     const int64_t keys = tile.end - tile.begin;
     const int64_t even = divide_up(divide_up(keys, MOST_SEGMENTS), KEY_BLOCK) * KEY_BLOCK;
     tile.segment = at_least(are_light(plan->args, tile.queries) ? LEAST_SEGMENT : LEAST_HEAVY_SEGMENT, even);
+    if (plan->args->deterministic) {
+        tile.segment = FIXED_SEGMENT;
+    }
     tile.segments = divide_up(keys, tile.segment);
     return tile;
 }

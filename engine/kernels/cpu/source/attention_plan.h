@@ -4,7 +4,8 @@
  * A tile is some consecutive queries of one sequence with all of their heads. Its keys are cut into segments whose
  * bounds follow from the tile alone; each segment is attended by itself and the results are merged in order
  * (flash-decoding; Dao et al., 2023). So whether a tile is one task or many, and beside which other sequences it lies,
- * changes no bit of it.
+ * changes no bit of it. Where results are to be deterministic, segments are the same for all tiles of a sequence: then not
+ * even the chunks that it comes in do.
  */
 #ifndef MANTA_ATTENTION_PLAN_H
 #define MANTA_ATTENTION_PLAN_H
@@ -20,6 +21,7 @@ enum {
     LEAST_SEGMENT = 512,            /* keys */
     LEAST_HEAVY_SEGMENT = 2048,     /* of more than LIGHT_ROWS rows: their tiles are many, and merging costs by the row */
     MOST_SEGMENTS = 16,
+    FIXED_SEGMENT = 1024,           /* where bounds must not follow from the tile either */
 };
 
 struct tile {

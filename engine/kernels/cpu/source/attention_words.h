@@ -60,9 +60,10 @@ struct keys {
     const float *v_scales[KEY_GROUPS];
 };
 
-/* The words for a cache and queries of a dtype. */
-INLINE enum words choose_words(enum cache cache, int64_t dtype, int64_t head_dim) {
-    if (HAS_QUADS && dtype == BF16 && cache == CACHE_INT8 && head_dim % 16 == 0) {
+/* The words for a cache and queries of a dtype. The weights of quads are rounded in steps that follow all keys of a block,
+ * also those that a query does not see yet: that is not deterministic. */
+INLINE enum words choose_words(enum cache cache, int64_t dtype, int64_t head_dim, bool deterministic) {
+    if (HAS_QUADS && dtype == BF16 && cache == CACHE_INT8 && head_dim % 16 == 0 && !deterministic) {
         return QUADS;
     }
     return HAS_PAIRS && cache == CACHE_BF16 ? PAIRS : FLOATS;

@@ -27,8 +27,8 @@ TOLERANCE = {F32: 2e-5, BF16: 2e-2}
 """bfloat16 results near 2 are half a unit of 2^-7 apart, and the weights of the values are rounded too."""
 
 
-def attend(library: Library, case: Case, threads: int = 2) -> Tensor:
-    attention = CpuAttention(Immediate(library, threads), case.layout)
+def attend(library: Library, case: Case, threads: int = 2, *, deterministic: bool = False) -> Tensor:
+    attention = CpuAttention(Immediate(library, threads), case.layout, deterministic=deterministic)
     return attention.attend(case.q, case.k, case.v, scale=case.scale, window=case.window)
 
 
@@ -100,6 +100,31 @@ def test_a_sequence_does_not_depend_on_the_others_in_its_step(library: Library) 
             q=case.q[start : start + queries],
         )
         assert torch.equal(attend(library, alone), together[start : start + queries])
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [(F32, F32), (BF16, BF16), (BF16, INT8), (F32, INT8)])
+@pytest.mark.parametrize("window", [None, 700])
+def test_deterministic_attention_does_not_depend_on_the_chunk(
+    library: Library, dtype: torch.dtype, cache: torch.dtype, window: int | None
+) -> None:
+    """The last 150 tokens of 2,500 at once, in chunks, and one after the other."""
+    queries, length = 150, 2500
+    case = make_case([queries], [length], heads=(6, 2), dtype=dtype, cache=cache, window=window)
+    whole = attend(library, case, deterministic=True)
+    check(whole, case)
+    for chunk in (1, 7, 64):
+        for start in range(0, queries, chunk):
+            count = min(chunk, queries - start)
+            context = length - queries + start + count
+            layout = replace(
+                case.layout,
+                cu_seq_q=torch.tensor([0, count], dtype=torch.int32),
+                context_lens=torch.tensor([context], dtype=torch.int32),
+                query_lens=(count,),
+                lens=(context,),
+            )
+            part = replace(case, layout=layout, q=case.q[start : start + count])
+            assert torch.equal(attend(library, part, deterministic=True), whole[start : start + count])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -1,0 +1,215 @@
+"""Replicas are killed under every kind of request; each answer must be what it is when nothing happens.
+
+python -m benchmarks.chaos --kills 200 --replicas 2
+python -m benchmarks.chaos --kills 20 --signal STOP
+
+The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
+A gap is how much longer than usual a stream was silent around the kill that cut it.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import httpx
+
+from benchmarks import machine, models, processes
+from benchmarks.chaos_streams import PROMPT, Answer, Kind, ask, kinds
+from benchmarks.start import is_ready, reachable, wait
+from deployments.private_ray import free_ports
+
+ANSWER_TIMEOUT_S = 180.0
+_POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class Row:
+    """What became of the requests of one kind."""
+
+    answers: int = 0
+    errors: int = 0
+    mismatches: int = 0
+    gaps: list[float] = field(default_factory=list)
+
+
+class Server:
+    """`manta serve` and the replicas that belong to it."""
+
+    def __init__(self, arguments: Sequence[str], replicas: int, log: Path) -> None:
+        (port,) = free_ports(1)
+        command = [sys.executable, "-m", "deployments.cli.main", "serve", *arguments, "--port", str(port)]
+        command += ["--replicas", str(replicas), "--deterministic"]
+        self._num_replicas = replicas
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S) as http:
+            wait(lambda: reachable(port) and is_ready(http) and self.complete(http), self._process, log)
+
+    def replicas(self) -> list[int]:
+        """Process ids."""
+        found = []
+        for entry in processes.tree(self._process.pid):
+            try:
+                command = Path(f"/proc/{entry.pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if b":LLMReplica" in command:
+                found.append(entry.pid)
+        return found
+
+    def complete(self, http: httpx.Client) -> bool:
+        """Whether as many replicas as there should be have loaded the model."""
+        return len(_series(http, "manta:num_requests_running")) == self._num_replicas
+
+    def close(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _series(http: httpx.Client, name: str) -> list[float]:
+    lines = http.get("/metrics").text.splitlines()
+    return [float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}(\{{|\s)", line)]
+
+
+async def ask_all(url: str, asked: Sequence[Kind]) -> list[Answer]:
+    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_TIMEOUT_S) as http:
+        return await asyncio.gather(*(ask(http, kind) for kind in asked))
+
+
+async def ask_and_kill(
+    url: str, asked: Sequence[Kind], delay: float, victim: int, how: int
+) -> tuple[list[Answer], float]:
+    """The answers, and the moment of the kill."""
+
+    async def kill() -> float:
+        await asyncio.sleep(delay)
+        os.kill(victim, how)
+        return time.monotonic()
+
+    answers, moment = await asyncio.gather(ask_all(url, asked), kill())
+    return answers, moment
+
+
+def undisturbed(url: str, model: str, prompt: str, max_tokens: int) -> tuple[list[Kind], list[Answer], float]:
+    """The kinds, their answers when nothing happens, and how long all of them take together."""
+    greedy = asyncio.run(ask_all(url, kinds(model, prompt, max_tokens, "\0")[:1]))[0]
+    if greedy.error is not None:
+        raise SystemExit(f"the server does not answer: {greedy.error}")
+    text = greedy.choices[0].text
+    asked = kinds(model, prompt, max_tokens, text[3 * len(text) // 4 :][:12])
+    begin = time.monotonic()
+    answers = asyncio.run(ask_all(url, asked))
+    seconds = time.monotonic() - begin
+    for kind, answer, again in zip(asked, answers, asyncio.run(ask_all(url, asked)), strict=True):
+        if (found := answer.error or again.difference(answer)) is not None:
+            raise SystemExit(f"{kind.name} is not the same twice, with nothing killed: {found}")
+    return asked, answers, seconds
+
+
+def run_kills(
+    server: Server, asked: Sequence[Kind], wanted: Sequence[Answer], seconds: float, kills: int, how: int, seed: int
+) -> dict[str, Row]:
+    """Kills one replica after the other, each under all kinds of requests at once."""
+    rng = random.Random(seed)
+    rows = {kind.name: Row() for kind in asked}
+    with httpx.Client(base_url=server.url, timeout=ANSWER_TIMEOUT_S) as http:
+        for number in range(1, kills + 1):
+            cut_before = sum(_series(http, "manta:request_continuations_total"))
+            victim = rng.choice(server.replicas())
+            delay = rng.uniform(0.02, 0.9 * seconds)
+            answers, moment = asyncio.run(ask_and_kill(server.url, asked, delay, victim, how))
+            gaps = []
+            for kind, answer, expected in zip(asked, answers, wanted, strict=True):
+                row = rows[kind.name]
+                row.answers += 1
+                if answer.error is not None:
+                    row.errors += 1
+                    print(f"kill {number}: {kind.name}: {answer.error}", flush=True)
+                elif (found := answer.difference(expected)) is not None:
+                    row.mismatches += 1
+                    print(f"kill {number}: {kind.name}: {found}", flush=True)
+                if (gap := answer.gap(moment)) is not None:
+                    gaps.append((gap, kind.name))
+            cut = int(sum(_series(http, "manta:request_continuations_total")) - cut_before)
+            # Those that were cut are those with the longest gaps.
+            for gap, name in sorted(gaps, reverse=True)[:cut]:
+                rows[name].gaps.append(gap)
+            print(f"kill {number} of {kills}: {cut} of {len(asked)} requests were cut", flush=True)
+            deadline = time.monotonic() + ANSWER_TIMEOUT_S
+            while victim in server.replicas() or not server.complete(http):
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"the replica that was killed is not replaced after {ANSWER_TIMEOUT_S:.0f} s")
+                time.sleep(_POLL_S)
+    return rows
+
+
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The value below or at which this share of them lies; None of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
+
+
+def table(rows: dict[str, Row]) -> str:
+    lines = [f"{'kind':18}{'answers':>9}{'cut':>6}{'errors':>8}{'mismatches':>12}{'gap p50':>10}{'gap p99':>10}"]
+    total = Row()
+    for row in rows.values():
+        total.answers += row.answers
+        total.errors += row.errors
+        total.mismatches += row.mismatches
+        total.gaps += row.gaps
+    for name, row in [*rows.items(), ("all", total)]:
+        gaps = (percentile(row.gaps, share) for share in (0.5, 0.99))
+        shown = "".join(f"{'-' if gap is None else f'{gap:.2f} s':>10}" for gap in gaps)
+        lines.append(f"{name:18}{row.answers:9}{len(row.gaps):6}{row.errors:8}{row.mismatches:12}{shown}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
+    parser.add_argument("--model", default="manta-tiny", help=f"{', '.join(models.SHAPES)}, or what manta serve takes")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--max-tokens", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="of who is killed, and when")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    path = str(models.find(arguments.model)) if arguments.model in models.SHAPES else arguments.model
+    facts = machine.describe(os.cpu_count() or 1)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        server = Server([path, "--served-model-name", "model"], arguments.replicas, Path(directory) / "serve.log")
+        try:
+            asked, wanted, seconds = undisturbed(server.url, "model", arguments.prompt, arguments.max_tokens)
+            how = getattr(signal, f"SIG{arguments.signal}")
+            rows = run_kills(server, asked, wanted, seconds, arguments.kills, how, arguments.seed)
+        finally:
+            server.close()
+    print(table(rows))
+    if arguments.json:
+        found = {"facts": facts, "kills": arguments.kills, "rows": {name: asdict(row) for name, row in rows.items()}}
+        arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if any(row.errors or row.mismatches for row in rows.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Which device page holds which content. Knows keys and page numbers; not who holds a page, nor what a token is."""
+
+from collections.abc import Iterable
+
+
+class PrefixIndex:
+    """Pages by the key of their content (`engine.kv.keys`). An indexed page is full, computed and never written again.
+
+    Invariant: keys and pages are one to one.
+    """
+
+    def __init__(self) -> None:
+        self._pages: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._keys
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages of the longest run of keys, from the first on, that are all here."""
+        pages = []
+        for key in keys:
+            page = self._pages.get(key)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def insert(self, key: bytes, page: int) -> None:
+        """Notes what a page holds. Content that another page holds already stays with that one."""
+        assert page not in self._keys, f"page {page} is indexed already"
+        if self._pages.setdefault(key, page) == page:
+            self._keys[page] = key
+
+    def forget(self, page: int) -> None:
+        """The page is about to hold something else."""
+        del self._pages[self._keys.pop(page)]
+
+    def check_integrity(self) -> None:
+        """Asserts the invariant. For tests and idle moments."""
+        assert self._keys == {page: key for key, page in self._pages.items()}, "keys and pages are not one to one"

@@ -1,0 +1,69 @@
+"""Requests that go on from another engine."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import InvalidRequest
+from tests.engine.fakes import VOCAB, run_to_end
+from tests.engine.rig import Rig, expected, request
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 3),
+    length=st.integers(1, 20),
+    max_tokens=st.integers(2, 12),
+    cuts=st.lists(st.integers(0, 14), min_size=3, max_size=3),
+)
+def test_a_request_that_was_cut_goes_on_with_the_tokens_it_would_have_drawn(
+    n: int, length: int, max_tokens: int, cuts: list[int]
+) -> None:
+    prompt = list(range(length))
+    whole = [expected(prompt, max_tokens, 3, index) for index in range(n)]
+    given_tokens = tuple(None if cut >= max_tokens else tuple(whole[index][:cut]) for index, cut in enumerate(cuts[:n]))
+    rig = Rig()
+    cut = replace(request("r", prompt, n=n, max_tokens=max_tokens, seed=3), given=given_tokens)
+    if all(tokens is None for tokens in given_tokens):
+        with pytest.raises(InvalidRequest, match="at least one unfinished"):
+            rig.engine.add(cut)
+        return
+    rig.engine.add(cut)
+    rig.check()
+    streams = run_to_end(rig.engine)
+    for index, tokens in enumerate(given_tokens):
+        assert streams.tokens.get(("r", index), []) == ([] if tokens is None else whole[index][len(tokens) :])
+    assert rig.engine.stats().prompt_tokens_total == 0, "it was counted where it was first admitted"
+    assert not streams.cached
+    rig.check_nothing_left()
+
+
+def test_a_request_that_goes_on_comes_before_those_that_wait() -> None:
+    rig = Rig(max_sequences=1, max_batch_tokens=4)
+    rig.engine.add(request("running", [1], max_tokens=3))
+    rig.step()
+    rig.engine.add(request("waiting", [2], max_tokens=3))
+    rig.engine.add(replace(request("cut", [3], max_tokens=3), given=((5,),)))
+    assert [name for name, _ in run_to_end(rig.engine, rig.streams).finished] == ["running", "cut", "waiting"]
+
+
+def test_given_tokens_are_checked() -> None:
+    rig = Rig()
+    good = request("r", [1, 2], n=2, max_tokens=3)
+    for given_tokens, complaint in (
+        (((1,),), "expected 2 with at least one unfinished"),
+        (((1, 2, 3), None), "given 3 tokens of at most 3"),
+        (((VOCAB,), None), "not in the vocabulary"),
+    ):
+        with pytest.raises(InvalidRequest, match=complaint):
+            rig.engine.add(replace(good, given=given_tokens))
+
+
+def test_prompt_logprobs_go_on_where_they_were_cut() -> None:
+    rig = Rig(max_batch_tokens=100)
+    cut = replace(request("r", list(range(10)), max_tokens=3, prompt_logprobs=0), given=((),), num_scored=4)
+    rig.engine.add(cut)
+    found = run_to_end(rig.engine).prompt_logprobs["r", 0]
+    assert [logprob.token_id for logprob in found] == [5, 6, 7, 8, 9]
