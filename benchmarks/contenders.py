@@ -41,9 +41,11 @@ class Manta:
 
     def __init__(self, setup: Setup) -> None:
         from engine.build import build_engine
-        from engine.config import EngineConfig
+        from engine.config import EngineConfig, KVConfig
 
-        self._engine = build_engine(EngineConfig(model=str(setup.model), threads=setup.threads))
+        # Rounds repeat the same prompts, and are to repeat the same work.
+        kv = KVConfig(prefix_caching=False)
+        self._engine = build_engine(EngineConfig(model=str(setup.model), threads=setup.threads, kv=kv))
 
     def run(self, items: Sequence[Item]) -> int:
         from engine.sampling_params import SamplingParams

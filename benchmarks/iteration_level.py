@@ -80,7 +80,7 @@ def engine_of(path: Path, batch_limit: int, threads: int) -> Engine:
             model=str(path),
             threads=threads,
             max_model_len=pages_of,
-            kv=KVConfig(memory="auto"),
+            kv=KVConfig(memory="auto", prefix_caching=False),
             scheduler=SchedulerConfig(max_sequences=batch_limit, max_batch_tokens=budget, admission="reserve"),
         )
     )

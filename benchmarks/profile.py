@@ -190,7 +190,7 @@ def main() -> None:
             model=str(path),
             threads=arguments.threads,
             quantization=arguments.quantization,
-            kv=KVConfig(dtype=arguments.kv_dtype),
+            kv=KVConfig(dtype=arguments.kv_dtype, prefix_caching=False),
             scheduler=SchedulerConfig(max_sequences=batch, max_batch_tokens=max(1024, tokens)),
         )
     )

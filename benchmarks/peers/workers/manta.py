@@ -21,7 +21,7 @@ class Manta:
             model=load.model,
             threads=load.threads,
             quantization=_QUANTIZATION[load.format],
-            kv=KVConfig(memory=load.kv_bytes),
+            kv=KVConfig(memory=load.kv_bytes, prefix_caching=False),
         )
         assembly = assemble(config)
         self._engine = assembly.engine
