@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from statistics import median
 from typing import Any
 
@@ -50,32 +50,25 @@ class Answer:
         for index, choice in self.choices.items():
             wanted = other.choices[index]
             if choice.text != wanted.text:
-                same = sum(1 for _ in iter_common(choice.text, wanted.text))
+                pairs = zip(choice.text, wanted.text, strict=False)
+                same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
                 return f"choice {index} differs from character {same} of {len(wanted.text)} on"
             if choice.reason != wanted.reason:
                 return f"choice {index} ended with {choice.reason} instead of {wanted.reason}"
             if len(choice.logprobs) != len(wanted.logprobs):
                 return f"{len(choice.logprobs)} logprobs instead of {len(wanted.logprobs)}"
-            pairs = zip(choice.logprobs, wanted.logprobs, strict=True)
-            if any(abs(found - expected) > LOGPROB_TOLERANCE for found, expected in pairs):
+            both = zip(choice.logprobs, wanted.logprobs, strict=True)
+            if any(abs(found - expected) > LOGPROB_TOLERANCE for found, expected in both):
                 return f"logprobs of choice {index} differ"
         return None if self.usage == other.usage else f"usage {self.usage} instead of {other.usage}"
 
     def gap(self, moment: float) -> float | None:
         """By how many seconds the silence around a moment was longer than is usual here; None if it was over then."""
-        spans = [(begin, end) for begin, end in pairwise(self.times)]
+        spans = list(pairwise(self.times))
         around = [end - begin for begin, end in spans if begin <= moment < end]
         if not around:
             return None
         return max(0.0, around[0] - median(end - begin for begin, end in spans))
-
-
-def iter_common(a: str, b: str) -> Any:
-    """The characters with which both begin."""
-    for one, other in zip(a, b, strict=False):
-        if one != other:
-            return
-        yield one
 
 
 def kinds(model: str, prompt: str, max_tokens: int, stop: str) -> list[Kind]:
