@@ -12,7 +12,7 @@ static int64_t tile_rows(const struct product *product, int64_t panels, int64_t 
 }
 
 /* One chunk of a panel for all rows of a tile, in blocks of equal height. `block` has what they share; `next` is the
- * same chunk of the panel that comes next, or NULL. */
+ * chunk that this thread multiplies next, or NULL. */
 static void multiply_chunk(struct block block, int64_t rows, const char *next) {
     const struct product *product = block.product;
     const int64_t blocks = (rows + product->block_rows - 1) / product->block_rows;
@@ -39,7 +39,10 @@ static void multiply_tile(
     const struct product *product, int64_t panel, int64_t next_panel, int64_t row, int64_t rows, float *sums) {
     const char *weight = product->weight + panel * product->panel_bytes;
     const char *next = next_panel < 0 ? NULL : product->weight + next_panel * product->panel_bytes;
-    const int64_t whole = CHUNK_BYTES / product->unit_bytes, chunk = whole > 0 ? whole : 1;
+    /* Chunks of equal length, because each fetches as much as it has itself. */
+    const int64_t panel_units = product->units > 0 ? product->units : 1;
+    const int64_t chunks = (panel_units * product->unit_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    const int64_t chunk = (panel_units + chunks - 1) / chunks;
     int64_t unit = 0;
     do {
         const int64_t left = product->units - unit;
@@ -56,8 +59,8 @@ static void multiply_tile(
             .resume = unit > 0,
             .product = product,
         };
-        multiply_chunk(block, rows, next == NULL ? NULL : next + unit * product->unit_bytes);
         unit += block.units;
+        multiply_chunk(block, rows, unit < product->units ? weight + unit * product->unit_bytes : next);
     } while (unit < product->units);
 }
 

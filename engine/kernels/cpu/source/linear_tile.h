@@ -1,8 +1,8 @@
 /* What the forms of a matrix product share: how threads divide it into tiles, and what happens to a finished tile.
  *
  * A tile is up to TILE_ROWS tokens by the PANEL columns of one panel. Its sums wait in the first cache while it passes
- * over the panel chunk by chunk. While a chunk is multiplied, the same chunk of the thread's next panel is fetched from
- * memory, a little with each step, so that memory never waits for arithmetic.
+ * over the panel chunk by chunk. While a chunk is multiplied, the next one is fetched from memory, a little with each
+ * step, so that memory never waits for arithmetic.
  *
  * Private to linear_*.c.
  */
