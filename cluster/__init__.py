@@ -1,1 +1,1 @@
-"""Where things run: shards of one model over many nodes. Empty until a model needs more than one process."""
+"""Where things run, beyond one replica: the hosts that keep KV pages on every node."""
