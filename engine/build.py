@@ -49,7 +49,9 @@ class Assembly:
 def build_engine(config: EngineConfig, make_tier: TierFactory | None = None) -> Engine:
     """Loads the model and returns an engine that is ready for its first request.
 
-    `make_tier` gives it a place for pages that overflow. Raises ModelError if the model cannot be loaded and ValueError if the KV memory cannot hold what was asked for.
+    `make_tier` gives it a place for pages that overflow.
+
+    Raises ModelError if the model cannot be loaded and ValueError if the KV memory cannot hold what was asked for.
     """
     return assemble(config, make_tier).engine
 

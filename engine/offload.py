@@ -1,7 +1,7 @@
 """What leaves the device for the tier, and what comes back: the scheduler's side of `engine.kv.tier`. Imports no torch.
 
 Full pages are copied as sequences fill them, oldest first, as fast as the tier takes them; a page that is copied has a
-reference of its own until that is done. A sequence whose next pages the tier has waits for them, alone, while others run.
+reference of its own until that is done. A sequence whose next pages the tier has waits for them; others run.
 """
 
 from collections import OrderedDict
@@ -92,7 +92,8 @@ class Offload:
         """Hands as many pages to the tier as it takes now."""
         if self._tier is None or not self._unsaved:
             return
-        room, chosen = self._tier.room(), []
+        room = self._tier.room()
+        chosen: list[Save] = []
         while len(chosen) < room and self._unsaved:
             _, save = self._unsaved.popitem(last=False)
             # The page may hold something else by now.
@@ -118,13 +119,11 @@ class Offload:
             return prefill.seconds(done, total - done)
 
         self._loading[sequence.sequence_id] = sequence
-        self._tier.load(
-            Load(sequence.sequence_id, keys[first:], sequence.pages[first : len(keys)], recompute_seconds)
-        )
+        self._tier.load(Load(sequence.sequence_id, keys[first:], sequence.pages[first : len(keys)], recompute_seconds))
         return True
 
     def settle(self, timeout_s: float = 0.0) -> list[tuple[Sequence, int]]:
-        """Sequences whose loads have ended, with the pages that each got; waits up to `timeout_s` for the first answer."""
+        """Sequences whose loads have ended, with the pages that each got; waits up to `timeout_s` for an answer."""
         if self._tier is None:
             return []
         settled, saved = [], []

@@ -349,8 +349,8 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Drops a running sequence's pages; its tokens stay. Those whose pages were taken meanwhile come from the tier or
-        are prefilled again when it is next in order."""
+        """Drops a running sequence's pages; its tokens stay. Those whose pages were taken meanwhile come from the tier,
+        or are prefilled again, when it is next in order."""
         self.offload.preempted(sequence.pages)
         self._release(sequence)
         self._outstanding += sequence.num_computed

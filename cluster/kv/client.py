@@ -1,7 +1,7 @@
 """A replica's way to the KV host of its node: the `engine.kv.tier.Tier` of a real engine.
 
-Owns one thread, which talks to the host and makes all copies: between the device's pages and the shared segment there is
-one copy, with a checksum on the way. Knows no sequence. When the host is gone nothing is there, until it is back.
+Owns one thread, which talks to the host and makes all copies: between the device's pages and the shared segment there
+is one copy, with a checksum on the way. Knows no sequence. When the host is gone nothing is there, until it is back.
 """
 
 import logging
@@ -243,7 +243,7 @@ class TierClient:
                 now = self._clock()
                 self._running[load.ticket] = _Running(load, now, now)
                 connection.send(Find(load.ticket, load.keys))
-            entries = []
+            entries: list[Entry] = []
             while self._saves and not self._loads and len(entries) < MAX_COMMIT:
                 save = self._saves.popleft()
                 if (entry := self._copy_out(connection, save)) is not None:
@@ -297,9 +297,7 @@ class TierClient:
         in_memory = next((i for i, slot in enumerate(slots[:wanted]) if slot < 0), wanted)
         self._copy_in(connection, running, slots[:in_memory], crcs[:in_memory], timed=True)
 
-    def _ready(
-        self, connection: Connection, running: _Running, first: int, slots: list[int], crcs: list[int]
-    ) -> None:
+    def _ready(self, connection: Connection, running: _Running, first: int, slots: list[int], crcs: list[int]) -> None:
         running.heard = self._clock()
         if first != running.copied or len(slots) > running.wanted - first:
             # Pages that were in memory already may be told of again.
@@ -316,7 +314,7 @@ class TierClient:
     def _copy_in(
         self, connection: Connection, running: _Running, slots: list[int], crcs: list[int], *, timed: bool
     ) -> None:
-        """Copies the next pages of a load; ends it when these were the last, or one of them is not what it should be."""
+        """Copies the next pages of a load; ends it when these were the last, or one is not what it should be."""
         began, count = self._clock(), 0
         for slot, crc in zip(slots, crcs, strict=True):
             memory = connection.segment.slot(slot)

@@ -31,7 +31,7 @@ class PrefillCost:
             return
         # Relative to its size, so that one long iteration does not outweigh twenty short ones.
         t, k, s = 1.0, keys / tokens, seconds / tokens
-        self._tt, self._tk, self._kk = (FORGET * old + new for old, new in zip(self._moments, (t, k, k * k), strict=True))
+        self._tt, self._tk, self._kk = FORGET * self._tt + t, FORGET * self._tk + k, FORGET * self._kk + k * k
         self._ts, self._ks = FORGET * self._ts + s, FORGET * self._ks + k * s
         self._known = True
 
@@ -43,10 +43,6 @@ class PrefillCost:
             return count * GUESS
         token, key = self._coefficients()
         return count * (token + key * (first + (count + 1) / 2))
-
-    @property
-    def _moments(self) -> tuple[float, float, float]:
-        return self._tt, self._tk, self._kk
 
     def _coefficients(self) -> tuple[float, float]:
         """Seconds a token and a key. Where contexts were all alike the two cannot be told apart: all is the token's."""

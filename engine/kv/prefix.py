@@ -34,7 +34,7 @@ class PrefixIndex:
         return self._keys.get(page)
 
     def insert(self, key: bytes, page: int) -> bool:
-        """Notes what a page holds; False if another page holds the same already, which that one stays to be found for."""
+        """Notes what a page holds; False if another one holds the same already, and stays the one that is found."""
         assert page not in self._keys, f"page {page} is indexed already"
         if self._pages.setdefault(key, page) != page:
             return False

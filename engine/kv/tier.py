@@ -1,4 +1,4 @@
-"""Where pages go besides the device, as the scheduler sees it: a place that copies of pages are sent to and fetched from.
+"""Where pages go besides the device, as the scheduler sees it: copies of pages are sent there, and fetched back.
 
 Knows keys, page numbers and seconds; neither memory nor sockets. Everything that takes time happens on the tier's own
 thread. A tier may lose pages, refuse them or go away at any time: then it has nothing, and tokens are computed again.
@@ -99,7 +99,7 @@ class Tier(Protocol):
         """Begins to copy pages; each is answered by a `Saved`."""
 
     def load(self, load: Load) -> None:
-        """Begins to bring pages back, if that is predicted to be faster than to compute them; answered by a `Loaded`."""
+        """Begins to bring pages back, if that should be faster than to compute them; answered by a `Loaded`."""
 
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
         """What was finished since the last call; waits up to `timeout_s` for the first."""
@@ -114,4 +114,4 @@ class Tier(Protocol):
 
 
 TierFactory = Callable[[bytes, PageMemory], Tier]
-"""Makes the tier of an engine, of the layout of its pages (32 bytes, equal only where pages mean the same) and these."""
+"""Makes an engine's tier, of what its pages mean (32 bytes, equal only where they mean the same) and of the pages."""

@@ -46,7 +46,9 @@ def test_what_is_new_outweighs_what_is_old() -> None:
 
 
 @given(
-    chunks=st.lists(st.tuples(st.integers(64, 1024), st.integers(0, 8000), st.floats(1e-4, 10.0)), min_size=1, max_size=40),
+    chunks=st.lists(
+        st.tuples(st.integers(64, 1024), st.integers(0, 8000), st.floats(1e-4, 10.0)), min_size=1, max_size=40
+    ),
     first=st.integers(0, 10_000),
     count=st.integers(1, 4096),
 )
