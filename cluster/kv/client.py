@@ -65,6 +65,9 @@ class Bandwidth:
     load: float | None = None
 
 
+UNLIMITED = Bandwidth()
+
+
 @dataclass(slots=True)
 class _Running:
     """A load that has not been answered."""
@@ -93,7 +96,7 @@ class TierClient:
         memory: PageMemory,
         *,
         name: str,
-        bandwidth: Bandwidth = Bandwidth(),
+        bandwidth: Bandwidth = UNLIMITED,
         choose: LoadPolicy = choose_load,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -122,6 +125,11 @@ class TierClient:
         self._thread.start()
 
     # -- the engine's side -------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a host now."""
+        return self._connection is not None
 
     def may_have(self, key: bytes) -> bool:
         connection = self._connection
@@ -299,17 +307,15 @@ class TierClient:
 
     def _ready(self, connection: Connection, running: _Running, first: int, slots: list[int], crcs: list[int]) -> None:
         running.heard = self._clock()
-        if first != running.copied or len(slots) > running.wanted - first:
-            # Pages that were in memory already may be told of again.
-            skip = running.copied - first
-            if skip < 0 or skip > len(slots):
-                raise WireError("pages came out of order")
-            slots, crcs = slots[skip:], crcs[skip:]
-            if not slots:
-                return
+        # Pages that were in memory from the beginning may be told of again.
+        skip = running.copied - first
+        if skip < 0 or first + len(slots) > running.wanted:
+            raise WireError("pages came that were not next")
         if not slots:
             running.wanted = running.copied
-        self._copy_in(connection, running, slots, crcs, timed=False)
+        elif skip >= len(slots):
+            return
+        self._copy_in(connection, running, slots[skip:], crcs[skip:], timed=False)
 
     def _copy_in(
         self, connection: Connection, running: _Running, slots: list[int], crcs: list[int], *, timed: bool
