@@ -12,9 +12,8 @@ from operator import attrgetter
 from typing import Any
 
 from engine.batch import Batch, StepOutput, TokenLogprob
-from engine.batching import Chunk, Layout, build_batch, wants_prompt_logprobs
+from engine.batching import Chunk, Layout, build_batch
 from engine.config import SchedulerConfig
-from engine.kv.keys import page_keys
 from engine.kv.pages import PagePool
 from engine.kv.tier import Tier
 from engine.lanes import Lanes
@@ -27,6 +26,7 @@ from engine.policy import (
     choose_victim,
     chunk_tokens,
 )
+from engine.prefixes import Prefixes
 from engine.sequence import Emission, FinishReason, Order, Sequence, Status
 from engine.stats import EngineStats
 
@@ -56,6 +56,7 @@ class Scheduler:
         self._page_tokens = page_tokens
         self.pool = pool
         self.offload = Offload(pool, page_tokens, tier)
+        self._prefixes = Prefixes(pool.index, self.offload, page_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._siblings: dict[str, list[Sequence]] = {}
@@ -162,7 +163,7 @@ class Scheduler:
                 self._release(sequence)
                 continue
             if sequence.num_computed - sequence.num_indexed >= self._page_tokens and index not in output.failed:
-                self._index(sequence)
+                self._prefixes.index(sequence)
             if self._siblings:
                 self._fork_siblings(sequence)
             tokens, goes_on = sequence.tokens, token_id not in sequence.stop_token_ids
@@ -178,7 +179,7 @@ class Scheduler:
             if sequence.status is Status.FINISHED:
                 self._release(sequence)
                 continue
-            self._index(sequence)
+            self._prefixes.index(sequence)
             if fresh := scored.get(sequence.sequence_id):
                 emissions.append(_emission(sequence, prompt_logprobs=fresh))
         return emissions
@@ -209,7 +210,7 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self._config.max_sequences:
             sequence = self.waiting[0]
-            found = self._find(sequence)
+            found = self._prefixes.find(sequence)
             need = self._pages_for(len(sequence.tokens)) - len(found)
             # Pages that are found and idle are free ones too, and are not any more once they are shared.
             now = need + self.pool.count_idle(found)
@@ -218,35 +219,13 @@ class Scheduler:
             self.pool.share(found)
             sequence.pages = found + self.pool.allocate(need)
             self._start(sequence, len(found) * self._page_tokens)
-            if self._load(sequence, len(found)):
+            # It waits for what the tier has of it as if it were in flight.
+            sequence.in_flight = self._prefixes.load(sequence, len(found))
+            if sequence.in_flight:
                 continue
             count = chunk_tokens(sequence.num_remaining, budget)
             chunks.append(Chunk(sequence, count))
             budget -= count
-
-    def _find(self, sequence: Sequence) -> list[int]:
-        """Pages that hold its first tokens already."""
-        return self.pool.index.match(self._findable(sequence))
-
-    def _findable(self, sequence: Sequence) -> list[bytes]:
-        """Keys of the pages that it need not compute: one token at least is left, as its logits are needed."""
-        if wants_prompt_logprobs(sequence):  # and here those of all
-            return []
-        return self._keys(sequence, (len(sequence.tokens) - 1) // self._page_tokens)
-
-    def _index(self, sequence: Sequence) -> None:
-        """Lets others find what the sequence has computed, here and in the tier."""
-        first, num_pages = sequence.num_indexed // self._page_tokens, sequence.num_computed // self._page_tokens
-        keys = self._keys(sequence, num_pages)
-        for page in range(first, num_pages):
-            if self.pool.index.insert(keys[page], sequence.pages[page]):
-                self.offload.note(keys[page], keys[page - 1] if page else sequence.root, sequence.pages[page])
-        sequence.num_indexed = num_pages * self._page_tokens
-
-    def _load(self, sequence: Sequence, num_found: int) -> bool:
-        """Begins to fetch what the tier has of a sequence that has just started: it waits as if it were in flight."""
-        sequence.in_flight = self.offload.load(sequence, num_found, self._findable(sequence))
-        return sequence.in_flight
 
     def settle(self, timeout_s: float = 0.0) -> None:
         """Takes back what the tier has finished with; waits up to `timeout_s` for the first."""
@@ -258,13 +237,10 @@ class Scheduler:
             tokens = num_pages * self._page_tokens
             sequence.num_computed += tokens
             self._outstanding -= tokens
-            self._index(sequence)
+            self._prefixes.index(sequence)
             if self._counts_prompt(sequence):
                 self._prefix_hits += tokens
                 sequence.num_cached += tokens
-
-    def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
-        return page_keys(sequence.root, sequence.tokens, self._page_tokens, num_pages, sequence.keys)
 
     def _start(self, sequence: Sequence, num_found: int) -> None:
         """From waiting to running, with pages, the first `num_found` tokens of which are computed."""
@@ -370,7 +346,7 @@ class Scheduler:
         if siblings is None:
             return
         for sequence in siblings:
-            sequence.keys = self._keys(first, first.num_prompt // self._page_tokens)
+            sequence.keys = self._prefixes.keys(first, first.num_prompt // self._page_tokens)
             insort(self.waiting, sequence, key=_by_order)
 
     def _finish(self, sequence: Sequence) -> None:
