@@ -177,7 +177,7 @@ class TierClient:
             self._thread.join(CLOSE_TIMEOUT_S)
 
     def _wake(self) -> None:
-        with suppress(BlockingIOError):  # it is awake then
+        with suppress(OSError):  # a full pipe: it is awake then; a closed one: it has ended
             self._waker.send(b"\0")
 
     # -- the thread --------------------------------------------------------------------------------------------------

@@ -99,4 +99,8 @@ def connect(path: Path, hello: Hello) -> Iterator[Connection]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(TIMEOUT_S)
         sock.connect(str(path))
-        yield Connection(sock, hello)
+        connection = Connection(sock, hello)
+        try:
+            yield connection
+        finally:
+            connection.segment.close()
