@@ -1,0 +1,258 @@
+"""The pages of one layout on one node: in a segment, below it on disk, beside it at other hosts.
+
+Owns what moves between these. Knows clients only as owners of slots and tickets; what is said to them, and when, is
+the server's.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.kv.checksum import crc32c
+from cluster.kv.peers import PageCopy, Peers
+from cluster.kv.segment import Segment, tag_of
+from cluster.kv.slots import Owner, Page, SlotError, SlotTable
+from cluster.kv.stats import HostCounters
+from cluster.kv.wire import ELSEWHERE, ON_DISK, Entry
+
+logger = logging.getLogger(__name__)
+
+View = NDArray[np.uint8]
+
+HOST = "host"
+"""The owner of slots that the host itself writes to."""
+PIECE_BYTES = 16 * 2**20
+"""What is brought into memory at once, in whole pages: the first page is not to wait for the last."""
+MAX_CREDIT = 32
+MAX_AHEAD = 64
+"""Slots kept free, at most, so that whoever needs one does not wait for the disk."""
+
+
+class Disk(Protocol):
+    """The pages of this layout on disk. No call raises: what cannot be written or read is not there."""
+
+    @property
+    def writable(self) -> bool: ...
+
+    def __contains__(self, key: bytes) -> bool: ...
+
+    async def write(self, pages: Sequence[tuple[Page, View]]) -> None:
+        """Writes what is not there yet; the views must not change meanwhile."""
+        ...
+
+    async def read(self, keys: Sequence[bytes], views: Sequence[View]) -> list[tuple[bytes, int] | None]:
+        """Fills the views; by page, its parent and CRC, or None if it cannot be had."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Store:
+    """One layout's pages. Only the event loop calls it; what waits for a disk or a peer does so in tasks of its own."""
+
+    def __init__(
+        self, layout: bytes, segment: Segment, disk: Disk | None, peers: Peers, counters: HostCounters
+    ) -> None:
+        """`layout`: 32 bytes. Takes the segment and the disk over."""
+        self.layout = layout
+        self.segment = segment
+        self.table = SlotTable(segment.num_slots)
+        self.disk = disk
+        self.credit = max(1, min(MAX_CREDIT, segment.num_slots // 4))
+        """Slots that each client may have."""
+        self.on_free: Callable[[], None] = lambda: None
+        """Called when slots may have become free by something that no client did."""
+        self._peers = peers
+        self._counters = counters
+        self._ahead = min(MAX_AHEAD, segment.num_slots // 8)
+        self._backed = bytearray(segment.num_slots)
+        self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._demoting = False
+
+    @property
+    def piece(self) -> int:
+        """Pages that are brought into memory at once."""
+        return max(1, min(PIECE_BYTES // self.segment.page_bytes, self.segment.num_slots // 4))
+
+    async def grant(self, owner: Owner, count: int) -> list[int]:
+        """Up to `count` slots that the owner may write to, with memory behind each."""
+        slots, gone = self.table.grant(owner, count)
+        self._forget(gone)
+        self._counters.evictions_total += sum(not self._on_disk(page.key) for page in gone)
+        self._keep_ahead()
+        bare = [slot for slot in slots if not self._backed[slot]]
+        if bare:
+            await asyncio.shield(self._start(self._back(owner, bare)))
+        return [slot for slot in slots if self._backed[slot]]
+
+    def commit(self, owner: Owner, entries: Iterable[Entry]) -> None:
+        """The owner has written these pages. Raises SlotError."""
+        for entry in entries:
+            if self.table.commit(owner, entry.slot, entry.key, entry.parent, entry.crc) is not None:
+                self.segment.tags[entry.slot] = tag_of(entry.key)
+        self._keep_ahead()
+
+    def find(self, owner: Owner, ticket: int, keys: Sequence[bytes]) -> list[Page | None]:
+        """The longest run of these keys on this node: pages in memory, pinned under the ticket; None if on disk."""
+        run: list[Page | None] = []
+        for key in keys:
+            page = self.table.pin(owner, ticket, key)
+            if page is None and not self._on_disk(key):
+                break
+            run.append(page)
+        return run
+
+    async def find_elsewhere(self, keys: Sequence[bytes]) -> tuple[str, int]:
+        """The host that has the longest run of these keys, and how many."""
+        host, count = await self._peers.have(self.layout, keys)
+        return host, min(count, len(keys))
+
+    def has(self, key: bytes) -> bool:
+        """Whether the page is on this node."""
+        return self.table.get(key) is not None or self._on_disk(key)
+
+    def discard(self, keys: Iterable[bytes]) -> None:
+        """A client read these pages and their CRC was wrong."""
+        gone = [page for key in keys if (page := self.table.discard(key)) is not None]
+        self._forget(gone)
+        self._counters.corrupt_total += len(gone)
+
+    async def load(self, keys: Sequence[bytes], peer: str, pin: Callable[[bytes], object]) -> None:
+        """Brings pages, at most `piece` of them, from disk or from a peer; `pin` is called with the key of each.
+
+        It goes on when the caller is cancelled: a slot that a thread writes to cannot be given to another.
+        """
+        await asyncio.shield(self._start(self._load(keys, peer, pin)))
+
+    async def copies(self, keys: Sequence[bytes]) -> list[PageCopy]:
+        """The longest run of these pages, at most `piece` of them, for another node."""
+        copies: list[PageCopy] = []
+        for key in keys[: self.piece]:
+            page = self.table.get(key)
+            if page is not None:
+                copies.append(PageCopy(key, page.parent, page.crc, self.segment.slot(page.slot).tobytes()))
+                continue
+            buffer = bytearray(self.segment.page_bytes)
+            read = (
+                await self.disk.read([key], [np.frombuffer(buffer, dtype=np.uint8)])
+                if self.disk and key in self.disk
+                else [None]
+            )
+            if read[0] is None:
+                break
+            copies.append(PageCopy(key, *read[0], bytes(buffer)))
+        self._counters.served_total += len(copies)
+        return copies
+
+    async def close(self) -> None:
+        """Waits for what is under way and removes the segment. Pages in memory are gone, those on disk stay."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self.disk is not None:
+            await self.disk.close()
+        self.segment.unlink()
+        self.segment.close()
+
+    async def _back(self, owner: Owner, bare: Sequence[int]) -> None:
+        """Gets memory for slots that have never had any; those for which there is none are given up."""
+        backed = await asyncio.to_thread(lambda: [self.segment.commit(slot) for slot in bare])
+        lost = 0
+        for slot, there in zip(bare, backed, strict=True):
+            self._backed[slot] |= there
+            if not there:
+                lost += 1
+                # If the owner has ended meanwhile, the next one finds out.
+                with contextlib.suppress(SlotError):
+                    self.table.retire(owner, slot)
+        if lost:
+            logger.warning("%s: no memory for %d of its slots, which stay unused", self.segment.path, lost)
+
+    async def _load(self, keys: Sequence[bytes], peer: str, pin: Callable[[bytes], object]) -> None:
+        # One after another: the disk is one, and whoever waits for the same pages finds them in memory then.
+        async with self._loading:
+            keys = keys[: self.piece]
+            missing = [key for key in keys if self.table.get(key) is None]
+            local = [key for key in missing if self._on_disk(key)]
+            if local:
+                await self._load_from_disk(local, pin)
+            elif missing and peer:
+                await self._load_from_peer(missing, peer, pin)
+            for key in keys:
+                if key not in missing:
+                    pin(key)
+
+    async def _load_from_disk(self, keys: Sequence[bytes], pin: Callable[[bytes], object]) -> None:
+        assert self.disk is not None
+        slots = await self.grant(HOST, len(keys))
+        views = [self.segment.slot(slot) for slot in slots]
+        read = await self.disk.read(keys[: len(slots)], views)
+        for key, slot, header in zip(keys, slots, read, strict=False):
+            if header is None:
+                self.table.give_back(HOST, slot)
+                continue
+            self.commit(HOST, [Entry(slot, key, *header)])
+            self._counters.promotions_total += 1
+            pin(key)
+
+    async def _load_from_peer(self, keys: Sequence[bytes], peer: str, pin: Callable[[bytes], object]) -> None:
+        copies = await self._peers.pages(peer, self.layout, keys)
+        slots = await self.grant(HOST, min(len(copies), len(keys)))
+        for key, slot, copy in zip(keys, slots, copies, strict=False):
+            whole = copy.key == key != copy.parent and len(copy.content) == self.segment.page_bytes
+            if not whole or crc32c(copy.content) != copy.crc:
+                self._counters.corrupt_total += 1
+                self.table.give_back(HOST, slot)
+                continue
+            self.segment.slot(slot)[:] = np.frombuffer(copy.content, dtype=np.uint8)
+            self.commit(HOST, [Entry(slot, key, copy.parent, copy.crc)])
+            self._counters.received_total += 1
+            pin(key)
+
+    def _keep_ahead(self) -> None:
+        """Writes the coldest pages to disk while few slots are free."""
+        if self.disk is not None and self.disk.writable and not self._demoting and self.table.num_free < self._ahead:
+            self._demoting = True
+            self._start(self._demote())
+
+    async def _demote(self) -> None:
+        assert self.disk is not None
+        try:
+            while self.disk.writable and (short := self._ahead - self.table.num_free) > 0:
+                pages = self.table.start_leaving(min(short, self.piece))
+                if not pages:
+                    break
+                await self.disk.write([(page, self.segment.slot(page.slot)) for page in pages])
+                gone = [page for page in pages if self.table.finish_leaving(page, go=self._on_disk(page.key))]
+                self._forget(gone)
+                self._counters.demotions_total += len(gone)
+                self.on_free()
+                if not gone:  # All were asked for meanwhile, or could not be written: later.
+                    break
+        finally:
+            self._demoting = False
+
+    def _on_disk(self, key: bytes) -> bool:
+        return self.disk is not None and key in self.disk
+
+    def _forget(self, gone: Iterable[Page]) -> None:
+        for page in gone:
+            self.segment.tags[page.slot] = 0
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def places(run: Sequence[Page | None], elsewhere: int) -> tuple[list[int], list[int]]:
+    """The slots and CRCs of a `Found`: a run on this node and `elsewhere` pages after it on another."""
+    slots = [ON_DISK if page is None else page.slot for page in run] + [ELSEWHERE] * elsewhere
+    crcs = [0 if page is None else page.crc for page in run] + [0] * elsewhere
+    return slots, crcs
