@@ -36,7 +36,7 @@ class Prefixes:
         keys = self.keys(sequence, num_pages)
         for page in range(first, num_pages):
             if self._index.insert(keys[page], sequence.pages[page]):
-                self._offload.note(keys[page], keys[page - 1] if page else sequence.root, sequence.pages[page])
+                self._offload.note(keys[page], keys[page - 1] if page else b"", sequence.pages[page])
         sequence.num_indexed = num_pages * self._page_tokens
 
     def _findable(self, sequence: Sequence) -> list[bytes]:

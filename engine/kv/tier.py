@@ -17,7 +17,7 @@ class Save(NamedTuple):
 
     key: bytes
     parent: bytes
-    """The key of the page before it, or the root of its sequence."""
+    """The key of the page before it; empty for a first page."""
     page: int
 
 

@@ -1,5 +1,6 @@
 """A replica's client and a real host in a process of its own: pages go out and come back, or are honestly missing."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -94,7 +95,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 
 def keys_of(count: int, chain: str = "a") -> list[bytes]:
-    return [f"{number:>8}{chain}".encode().ljust(32, b".") for number in range(count)]
+    return [hashlib.sha256(f"{chain} {number}".encode()).digest() for number in range(count)]
 
 
 def answers_of(client: TierClient, count: int) -> list[Answer]:
