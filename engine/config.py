@@ -47,6 +47,10 @@ class KVConfig(Config):
     "int8" on a CPU where the weights are quantized too, else "model"."""
     prefix_caching: bool = True
     """Whether a prompt that begins like one that was computed before takes its pages over."""
+    offload: bool = True
+    """Whether pages are copied to the node's KV host, where there is one, and loaded from it."""
+    offload_bandwidth: Annotated[Bytes | None, BeforeValidator(parse_bytes)] = None
+    """Bytes a second at most that copying pages there may take; None is as fast as pages are filled."""
     page_tokens: Annotated[int, Field(ge=1, le=512)] | Auto = "auto"
     """Tokens of one sequence that share one page; "auto" is 16 on a CPU and 256, which its kernels want, on a GPU."""
 

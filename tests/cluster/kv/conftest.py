@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.kv.hosts import Host
+
 
 @pytest.fixture
 def anyio_backend() -> str:
@@ -21,3 +23,11 @@ def place() -> Iterator[Path]:
         (Path(folder) / "shm").symlink_to(segments)
         yield Path(folder)
         shutil.rmtree(segments)
+
+
+@pytest.fixture
+def host(place: Path) -> Iterator[Host]:
+    """A host in a process of its own; not started yet."""
+    made = Host(place / "host")
+    yield made
+    made.stop()

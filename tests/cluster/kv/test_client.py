@@ -3,8 +3,6 @@
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +14,10 @@ from numpy.typing import NDArray
 from cluster.kv.client import UNLIMITED, Bandwidth, TierClient
 from cluster.kv.segment import Segment, tag_of
 from engine.kv.tier import Answer, Load, Loaded, Save, Saved
+from tests.cluster.kv.hosts import PATIENCE_S, Host, eventually
 
 PAGE_BYTES = 5000
 LAYOUT = b"L" * 32
-PATIENCE_S = 20.0
 
 
 class Pages:
@@ -35,38 +33,6 @@ class Pages:
 
     def write(self, page: int, source: NDArray[np.uint8]) -> None:
         np.copyto(self.bytes[page], source)
-
-
-class Host:
-    """A host process, which a test may kill and start again at the same place."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process: subprocess.Popen[str] | None = None
-
-    @property
-    def socket(self) -> Path:
-        return self.folder / "kv.sock"
-
-    def start(self, memory: str = "1MiB", *options: str) -> None:
-        command = [sys.executable, "-m", "cluster.kv.server", "--directory", str(self.folder), "--memory", memory]
-        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline()
-
-    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.send_signal(how)
-            self.process.wait(PATIENCE_S)
-            self.process = None
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
-    made = Host(tmp_path / "kv")
-    yield made
-    made.stop()
 
 
 @pytest.fixture
@@ -85,13 +51,6 @@ def connect(host: Host) -> Iterator[Callable[..., TierClient]]:
     yield make
     for client in clients:
         client.close()
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 def keys_of(count: int, chain: str = "a") -> list[bytes]:
@@ -236,8 +195,7 @@ def test_a_host_that_stops_answering_costs_a_load_seconds_and_no_more(
     pages, keys = Pages(4), keys_of(4)
     client = connect(pages)
     save(client, keys)
-    assert host.process is not None
-    host.process.send_signal(signal.SIGSTOP)
+    host.send(signal.SIGSTOP)
     assert load(client, keys, first_page=4).num_pages == 0
     assert not client.connected
 
