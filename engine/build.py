@@ -16,11 +16,15 @@ from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.forward import Forward
 from engine.kv.cache import PagedKVCache, kv_bytes_per_token
+from engine.kv.copies import DevicePages, HostPages
+from engine.kv.keys import root_key
 from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
+from engine.kv.tier import TierFactory
 from engine.limits import Limits
 from engine.models.decoder import Decoder
 from engine.models.directory import find_quantization, load_eos_token_ids
+from engine.models.identity import model_identity
 from engine.models.loader import load_parameters
 from engine.models.source import resolve_model
 from engine.models.spec import ModelSpec
@@ -42,15 +46,17 @@ class Assembly:
     """Of all parameters, in the form that they were loaded in."""
 
 
-def build_engine(config: EngineConfig) -> Engine:
+def build_engine(config: EngineConfig, make_tier: TierFactory | None = None) -> Engine:
     """Loads the model and returns an engine that is ready for its first request.
+
+    `make_tier` gives it a place for pages that overflow.
 
     Raises ModelError if the model cannot be loaded and ValueError if the KV memory cannot hold what was asked for.
     """
-    return assemble(config).engine
+    return assemble(config, make_tier).engine
 
 
-def assemble(config: EngineConfig) -> Assembly:
+def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Assembly:
     """`build_engine`, with the parts."""
     began = time.monotonic()
     device = choose_device(config)
@@ -87,15 +93,26 @@ def assemble(config: EngineConfig) -> Assembly:
         kv.max_model_len,
         time.monotonic() - began,
     )
+    namespace = _namespace(config, path, cache, decoder.dtype, backend.name)
+    memory = HostPages(cache) if device.name == "cpu" else DevicePages(cache)
+    tier = None if make_tier is None else make_tier(namespace, memory)
     engine = Engine(
-        Scheduler(config.scheduler, PagePool(kv.num_pages), device.page_tokens),
+        Scheduler(config.scheduler, PagePool(kv.num_pages), device.page_tokens, tier=tier),
         LocalExecutor(Runner(forward, device.page_tokens, device.sampler())),
         Limits(kv.max_model_len, decoder.spec.vocab_size),
         eos_token_ids=load_eos_token_ids(path),
         model_path=path,
         prefix_caching=config.kv.prefix_caching,
+        namespace=namespace.hex(),
     )
     return Assembly(engine, forward, decoder.spec, kv_dtype, loaded.num_bytes)
+
+
+def _namespace(config: EngineConfig, path: Path, cache: PagedKVCache, dtype: torch.dtype, kernels: str) -> bytes:
+    """Equal only for engines whose pages mean the same (32 bytes): all that a page depends on besides its tokens."""
+    facts = (cache.dtype, cache.layout, cache.page_tokens, cache.page_bytes, dtype, kernels)
+    choices = (config.quantization, config.quantization_group, config.deterministic)
+    return root_key(model_identity(path).hex(), *map(str, facts), *map(str, choices))
 
 
 def _has_int8_kv(config: EngineConfig, path: Path, device: Device) -> bool:

@@ -15,6 +15,8 @@ from engine.sequence import Emission, Order, Request, Sequence
 from engine.stats import EngineStats
 
 _HEAD_START = 2**62
+TIER_WAIT_S = 0.005
+"""For how long a step waits for pages when nothing else can be done; requests that come meanwhile wait as long."""
 
 
 class Engine:
@@ -29,14 +31,17 @@ class Engine:
         eos_token_ids: tuple[int, ...] = (),
         model_path: Path | None = None,
         prefix_caching: bool = True,
+        namespace: str = "",
     ) -> None:
-        """Without `prefix_caching`, the samples of one request are all that share pages."""
+        """Without `prefix_caching`, the samples of one request are all that share pages. `namespace` names all besides
+        tokens that pages depend on: engines that share a tier find only those of their own."""
         self._scheduler = scheduler
         self._executor = executor
         self._num_in_flight = 0
         self._arrivals = itertools.count()
         self._sequence_ids = itertools.count()
         self._prefix_caching = prefix_caching
+        self._root = (namespace, "salt") if prefix_caching else (namespace, "arrival", secrets.token_hex(16))
         self.limits = limits
         self.eos_token_ids = eos_token_ids
         self.model_path = model_path
@@ -62,7 +67,10 @@ class Engine:
         return self._scheduler.has_work()
 
     def step(self) -> list[Emission]:
-        """Runs one iteration and returns what it brought; with a deep executor, keeps `depth` of them in flight."""
+        """Runs one iteration and returns what it brought; with a deep executor, keeps `depth` of them in flight.
+
+        Where all sequences wait for pages of the tier there is nothing to run, and it waits a moment for those.
+        """
         while self._num_in_flight < self._executor.depth:
             batch = self._scheduler.plan()
             if batch is None:
@@ -70,6 +78,7 @@ class Engine:
             self._executor.submit(batch)
             self._num_in_flight += 1
         if self._num_in_flight == 0:
+            self._scheduler.settle(TIER_WAIT_S)
             return []
         output = self._executor.collect()
         self._num_in_flight -= 1
@@ -80,6 +89,7 @@ class Engine:
 
     def close(self) -> None:
         self._executor.close()
+        self._scheduler.offload.close()
 
     def _sequences(self, request: Request) -> list[Sequence]:
         params, prompt = request.params, request.prompt_token_ids
@@ -90,7 +100,8 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         # A stream that goes on from elsewhere has had its turn in the queue.
         arrival = next(self._arrivals) - (_HEAD_START if request.given else 0)
-        root = root_key("salt", request.cache_salt or "") if self._prefix_caching else root_key("arrival", str(arrival))
+        own = (request.cache_salt or "") if self._prefix_caching else str(arrival)
+        root = root_key(*self._root, own)
         return [
             Sequence(
                 sequence_id=next(self._sequence_ids),

@@ -12,11 +12,12 @@ from operator import attrgetter
 from typing import Any
 
 from engine.batch import Batch, StepOutput, TokenLogprob
-from engine.batching import Chunk, Layout, build_batch, wants_prompt_logprobs
+from engine.batching import Chunk, Layout, build_batch
 from engine.config import SchedulerConfig
-from engine.kv.keys import page_keys
 from engine.kv.pages import PagePool
+from engine.kv.tier import Tier
 from engine.lanes import Lanes
+from engine.offload import Offload
 from engine.policy import (
     ADMISSION_POLICIES,
     AdmissionPolicy,
@@ -25,6 +26,7 @@ from engine.policy import (
     choose_victim,
     chunk_tokens,
 )
+from engine.prefixes import Prefixes
 from engine.sequence import Emission, FinishReason, Order, Sequence, Status
 from engine.stats import EngineStats
 
@@ -47,11 +49,14 @@ class Scheduler:
         page_tokens: int,
         *,
         admits: AdmissionPolicy | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self._config = config
         self._admits = admits or ADMISSION_POLICIES[config.admission]
         self._page_tokens = page_tokens
         self.pool = pool
+        self.offload = Offload(pool, page_tokens, tier)
+        self._prefixes = Prefixes(pool.index, self.offload, page_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._siblings: dict[str, list[Sequence]] = {}
@@ -83,6 +88,7 @@ class Scheduler:
             last_step_tokens=self._last_step_tokens,
             prefix_queries_total=self._prefix_queries,
             prefix_hits_total=self._prefix_hits,
+            **self.offload.totals(),
         )
 
     # -- what comes in -----------------------------------------------------------------------------------------------
@@ -109,18 +115,21 @@ class Scheduler:
         self._siblings.pop(request_id, None)
 
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting or self._in_flight)
+        return bool(self.running or self.waiting or self._in_flight or self.offload.busy)
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 
     def plan(self) -> Batch | None:
-        """The next iteration, or None when nothing can run before a batch in flight comes back."""
+        """The next iteration, or None when nothing can run before a batch in flight, or a page on its way, arrives."""
+        self.settle()
         decodes = self._decodes()
         chunks: list[Chunk] = []
         budget = self._prefill_running(chunks, self._config.max_batch_tokens - len(decodes))
         self._admit(chunks, budget)
+        self.offload.send()
         if not decodes and not chunks:
-            assert self._in_flight or not self.waiting, "sequences wait, and nothing will ever let them in"
+            stuck = self.waiting and not self._in_flight and not self.offload.busy
+            assert not stuck, "sequences wait, and nothing will ever let them in"
             return None
         self._step += 1
         layout = build_batch(self._step, self._lanes, decodes, chunks)
@@ -141,6 +150,7 @@ class Scheduler:
         assert batch.step == output.step, f"step {output.step} came back, {batch.step} was expected"
         self._steps_back += 1
         self._last_step_tokens = batch.num_tokens
+        self.offload.observe(batch.positions, output.stats.seconds)
         self._lanes.append(layout.drawing_lanes, output.token_ids)
         scored = self._scored(layout, output)
         plain = not output.failed and not scored
@@ -153,7 +163,7 @@ class Scheduler:
                 self._release(sequence)
                 continue
             if sequence.num_computed - sequence.num_indexed >= self._page_tokens and index not in output.failed:
-                self._index(sequence)
+                self._prefixes.index(sequence)
             if self._siblings:
                 self._fork_siblings(sequence)
             tokens, goes_on = sequence.tokens, token_id not in sequence.stop_token_ids
@@ -169,7 +179,7 @@ class Scheduler:
             if sequence.status is Status.FINISHED:
                 self._release(sequence)
                 continue
-            self._index(sequence)
+            self._prefixes.index(sequence)
             if fresh := scored.get(sequence.sequence_id):
                 emissions.append(_emission(sequence, prompt_logprobs=fresh))
         return emissions
@@ -200,7 +210,7 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         while self.waiting and budget > 0 and len(self.running) < self._config.max_sequences:
             sequence = self.waiting[0]
-            found = self._find(sequence)
+            found = self._prefixes.find(sequence)
             need = self._pages_for(len(sequence.tokens)) - len(found)
             # Pages that are found and idle are free ones too, and are not any more once they are shared.
             now = need + self.pool.count_idle(found)
@@ -209,27 +219,28 @@ class Scheduler:
             self.pool.share(found)
             sequence.pages = found + self.pool.allocate(need)
             self._start(sequence, len(found) * self._page_tokens)
+            # It waits for what the tier has of it as if it were in flight.
+            sequence.in_flight = self._prefixes.load(sequence, len(found))
+            if sequence.in_flight:
+                continue
             count = chunk_tokens(sequence.num_remaining, budget)
             chunks.append(Chunk(sequence, count))
             budget -= count
 
-    def _find(self, sequence: Sequence) -> list[int]:
-        """Pages that hold its first tokens already. One token at least is left to compute: its logits are needed."""
-        if wants_prompt_logprobs(sequence):  # and here those of all
-            return []
-        most = (len(sequence.tokens) - 1) // self._page_tokens
-        return self.pool.index.match(self._keys(sequence, most))
-
-    def _index(self, sequence: Sequence) -> None:
-        """Lets others find what the sequence has computed."""
-        num_pages = sequence.num_computed // self._page_tokens
-        keys = self._keys(sequence, num_pages)
-        for page in range(sequence.num_indexed // self._page_tokens, num_pages):
-            self.pool.index.insert(keys[page], sequence.pages[page])
-        sequence.num_indexed = num_pages * self._page_tokens
-
-    def _keys(self, sequence: Sequence, num_pages: int) -> list[bytes]:
-        return page_keys(sequence.root, sequence.tokens, self._page_tokens, num_pages, sequence.keys)
+    def settle(self, timeout_s: float = 0.0) -> None:
+        """Takes back what the tier has finished with; waits up to `timeout_s` for the first."""
+        for sequence, num_pages in self.offload.settle(timeout_s):
+            sequence.in_flight = False
+            if sequence.status is Status.FINISHED:  # aborted meanwhile
+                self._release(sequence)
+                continue
+            tokens = num_pages * self._page_tokens
+            sequence.num_computed += tokens
+            self._outstanding -= tokens
+            self._prefixes.index(sequence)
+            if self._counts_prompt(sequence):
+                self._prefix_hits += tokens
+                sequence.num_cached += tokens
 
     def _start(self, sequence: Sequence, num_found: int) -> None:
         """From waiting to running, with pages, the first `num_found` tokens of which are computed."""
@@ -240,11 +251,16 @@ class Scheduler:
         insort(self.running, sequence, key=_by_order)
         self._lanes.enter(sequence)
         self._reserved += self._pages_at_most(sequence)
-        if sequence.num_preemptions == 0 and sequence.sample_index == 0 and not sequence.request.given:
+        if self._counts_prompt(sequence):
             self._prompt_tokens += sequence.num_prompt
             self._prefix_queries += sequence.num_prompt
             self._prefix_hits += num_found
             sequence.num_cached = num_found
+
+    @staticmethod
+    def _counts_prompt(sequence: Sequence) -> bool:
+        """Whether this is the one time that its prompt's tokens are counted."""
+        return sequence.num_preemptions == 0 and sequence.sample_index == 0 and not sequence.request.given
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of running."""
@@ -309,8 +325,9 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Drops a running sequence's pages; its tokens stay. Those whose pages were taken meanwhile are prefilled again
-        when it is next in order."""
+        """Drops a running sequence's pages; its tokens stay. Those whose pages were taken meanwhile come from the tier,
+        or are prefilled again, when it is next in order."""
+        self.offload.preempted(sequence.pages)
         self._release(sequence)
         self._outstanding += sequence.num_computed
         sequence.num_computed = sequence.num_indexed = 0
@@ -329,7 +346,7 @@ class Scheduler:
         if siblings is None:
             return
         for sequence in siblings:
-            sequence.keys = self._keys(first, first.num_prompt // self._page_tokens)
+            sequence.keys = self._prefixes.keys(first, first.num_prompt // self._page_tokens)
             insort(self.waiting, sequence, key=_by_order)
 
     def _finish(self, sequence: Sequence) -> None:

@@ -27,7 +27,24 @@ class EngineStats:
     prefix_queries_total: int = 0
     """Prompt tokens of admitted sequences that were looked for in the cache."""
     prefix_hits_total: int = 0
-    """Those of them that were there."""
+    """Those of them that were there, or came from the tier."""
+    tier_pages_saved_total: int = 0
+    """Pages copied to the KV host."""
+    tier_pages_refused_total: int = 0
+    """Pages that were to be copied and were not: no bandwidth, no memory or no host."""
+    tier_pages_loaded_total: int = 0
+    """Pages that came back from it."""
+    tier_pages_corrupt_total: int = 0
+    """Pages that came back with a wrong checksum, and were computed again."""
+    tier_failures_total: int = 0
+    """Times that the KV host was lost."""
+    tier_load_seconds_total: float = 0.0
+    tier_load_predicted_seconds_total: float = 0.0
+    """What those loads were expected to take."""
+    tier_saved_seconds_total: float = 0.0
+    """By which computing the same tokens was expected to take longer."""
+    tier_regretted_seconds_total: float = 0.0
+    """By which it was expected to take less than the load took."""
 
     @property
     def kv_usage(self) -> float:

@@ -84,6 +84,25 @@ class Recorder:
         return delta
 
 
+_TOTALS = {
+    "manta:num_preemptions_total": "preemptions_total",
+    "manta:prompt_tokens_total": "prompt_tokens_total",
+    "manta:prefix_cache_queries_total": "prefix_queries_total",
+    "manta:prefix_cache_hits_total": "prefix_hits_total",
+    "manta:generation_tokens_total": "generation_tokens_total",
+    "manta:kv_tier_pages_saved_total": "tier_pages_saved_total",
+    "manta:kv_tier_pages_refused_total": "tier_pages_refused_total",
+    "manta:kv_tier_pages_loaded_total": "tier_pages_loaded_total",
+    "manta:kv_tier_pages_corrupt_total": "tier_pages_corrupt_total",
+    "manta:kv_tier_failures_total": "tier_failures_total",
+    "manta:kv_tier_load_seconds_total": "tier_load_seconds_total",
+    "manta:kv_tier_load_predicted_seconds_total": "tier_load_predicted_seconds_total",
+    "manta:kv_tier_saved_seconds_total": "tier_saved_seconds_total",
+    "manta:kv_tier_regretted_seconds_total": "tier_regretted_seconds_total",
+}
+"""Counters that grow with a field of `EngineStats`."""
+
+
 class EngineMeter:
     """Turns the snapshots of one engine into gauges and increments."""
 
@@ -99,13 +118,7 @@ class EngineMeter:
         record.set("manta:num_requests_running", stats.num_running)
         record.set("manta:num_requests_waiting", stats.num_waiting)
         record.set("manta:kv_cache_usage_perc", stats.kv_usage)
-        for name, grown in (
-            ("manta:num_preemptions_total", stats.preemptions_total - last.preemptions_total),
-            ("manta:prompt_tokens_total", stats.prompt_tokens_total - last.prompt_tokens_total),
-            ("manta:prefix_cache_queries_total", stats.prefix_queries_total - last.prefix_queries_total),
-            ("manta:prefix_cache_hits_total", stats.prefix_hits_total - last.prefix_hits_total),
-            ("manta:generation_tokens_total", stats.generation_tokens_total - last.generation_tokens_total),
-        ):
-            if grown:
+        for name, total in _TOTALS.items():
+            if grown := getattr(stats, total) - getattr(last, total):
                 record.increment(name, grown)
         self._last = stats

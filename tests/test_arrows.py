@@ -29,6 +29,10 @@ TENSOR_FREE = (
     "engine.batch",
     "engine.batching",
     "engine.lanes",
+    "engine.offload",
+    "engine.prefixes",
+    "engine.kv.tier",
+    "engine.kv.costs",
     "engine.config",
 )
 FOREIGN_TO_ENGINE = {"ray", "fastapi", "starlette", "prometheus_client"}

@@ -9,15 +9,13 @@ of threads; runs alternate, so that a machine whose speed drifts slows all of th
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import machine, models
+from benchmarks import charts, machine, models
 from benchmarks.peers import report
 from benchmarks.peers.engines import ENGINES, OURS, PEERS, interpreter
-from benchmarks.peers.install import python_of
 from benchmarks.peers.measures import MEASURES, START
 from benchmarks.peers.sitting import Group, Plan, run_group
 from engine.machine import available_cores
@@ -35,16 +33,6 @@ def chosen(text: str, known: tuple[str, ...], what: str) -> tuple[str, ...]:
     return names
 
 
-def write_chart(source: Path, target: Path) -> str:
-    """Draws a result file; says where, or why not."""
-    python = python_of("chart")
-    if python is None:
-        return "no chart: matplotlib is not installed, run python -m benchmarks.peers.install chart"
-    script = Path(__file__).with_name("chart.py")
-    done = subprocess.run([str(python), str(script), str(source), str(target)], capture_output=True, text=True)
-    return f"chart in {target}" if done.returncode == 0 else f"no chart:\n{done.stderr[-1000:]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,8 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="written after every group")
     parser.add_argument("--png", type=Path, metavar="FILE", help="a chart of --json's file")
     arguments = parser.parse_args()
-    if arguments.png is not None and arguments.json is None:
-        parser.error("--png draws the file of --json: give both")
+    charts.check(parser, arguments)
 
     plan = Plan(
         engines=(OURS, *chosen(arguments.peers, PEERS, "peers")),
@@ -92,7 +79,7 @@ def main() -> None:
     for problem in report.problems(groups):
         print(problem)
     if arguments.png is not None:
-        print(write_chart(arguments.json, arguments.png))
+        print(charts.draw(Path(__file__).with_name("chart.py"), arguments.json, arguments.png))
 
 
 if __name__ == "__main__":

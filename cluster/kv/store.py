@@ -93,9 +93,14 @@ class Store:
         return [slot for slot in slots if self._backed[slot]]
 
     def commit(self, owner: Owner, entries: Iterable[Entry]) -> None:
-        """The owner has written these pages. Raises SlotError."""
+        """The owner has written these pages. Raises SlotError.
+
+        A page whose predecessor is not here could not be found: its slot is free again.
+        """
         for entry in entries:
-            if self.table.commit(owner, entry.slot, entry.key, entry.parent, entry.crc) is not None:
+            if entry.parent and not self.has(entry.parent):
+                self.table.give_back(owner, entry.slot)
+            elif self.table.commit(owner, entry.slot, entry.key, entry.parent, entry.crc) is not None:
                 self.segment.tags[entry.slot] = tag_of(entry.key)
         self._keep_ahead()
 

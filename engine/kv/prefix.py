@@ -29,11 +29,17 @@ class PrefixIndex:
             pages.append(page)
         return pages
 
-    def insert(self, key: bytes, page: int) -> None:
-        """Notes what a page holds. Content that another page holds already stays with that one."""
+    def key_of(self, page: int) -> bytes | None:
+        """What the page holds; None if it cannot be found."""
+        return self._keys.get(page)
+
+    def insert(self, key: bytes, page: int) -> bool:
+        """Notes what a page holds; False if another one holds the same already, and stays the one that is found."""
         assert page not in self._keys, f"page {page} is indexed already"
-        if self._pages.setdefault(key, page) == page:
-            self._keys[page] = key
+        if self._pages.setdefault(key, page) != page:
+            return False
+        self._keys[page] = key
+        return True
 
     def forget(self, page: int) -> None:
         """The page is about to hold something else."""

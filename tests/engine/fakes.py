@@ -44,6 +44,13 @@ class LedgerRunner:
         stats = StepStats(batch.num_tokens, batch.num_sequences, 0.0)
         return StepOutput(batch.step, tokens, logprobs, scored, stats, failed)
 
+    def page(self, page: int) -> list[int | None]:
+        """What a page holds: a copy."""
+        return list(self._slots[page])
+
+    def fill(self, page: int, tokens: list[int | None]) -> None:
+        self._slots[page] = list(tokens)
+
     def _write_and_read(self, batch: Batch, row: int) -> list[int]:
         begin, end = batch.cu_seq_q[row : row + 2]
         length = int(batch.context_lens[row])

@@ -9,6 +9,7 @@ from engine.limits import Limits
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Request
+from tests.engine.fake_tier import FakeTier
 from tests.engine.fakes import VOCAB, LedgerRunner, PipelinedExecutor, Streams, next_token
 
 
@@ -25,6 +26,8 @@ class Rig:
     eos: tuple[int, ...] = ()
     poison: int | None = None
     prefix_caching: bool = True
+    tier: FakeTier | None = None
+    namespace: str = ""
     streams: Streams = field(default_factory=Streams)
 
     def __post_init__(self) -> None:
@@ -34,12 +37,19 @@ class Rig:
             max_batch_tokens=max(self.max_batch_tokens, self.max_sequences),
             admission=self.admission,
         )
-        self.scheduler = Scheduler(config, self.pool, self.page_tokens)
+        self.scheduler = Scheduler(config, self.pool, self.page_tokens, tier=self.tier)
         self.runner = LedgerRunner(self.num_pages, self.page_tokens, self.poison)
+        if self.tier is not None:
+            self.tier.attach(self.runner)
         limits = Limits(self.num_pages * self.page_tokens, VOCAB)
         executor = PipelinedExecutor(self.runner, self.depth)
         self.engine = Engine(
-            self.scheduler, executor, limits, eos_token_ids=self.eos, prefix_caching=self.prefix_caching
+            self.scheduler,
+            executor,
+            limits,
+            eos_token_ids=self.eos,
+            prefix_caching=self.prefix_caching,
+            namespace=self.namespace,
         )
 
     def step(self) -> None:
@@ -51,8 +61,9 @@ class Rig:
         scheduler = self.scheduler
         unfinished = [s for samples in scheduler._sequences.values() for s in samples if s.status.value != "finished"]
         in_flight = {id(s): s for layout in scheduler._in_flight for s in layout.sequences}
+        in_flight |= {id(s): s for s in scheduler.offload._loading.values()}
         holders = {id(s): s for s in unfinished} | in_flight
-        self.pool.check_integrity(s.pages for s in holders.values())
+        self.pool.check_integrity([*(s.pages for s in holders.values()), scheduler.offload.held_pages])
         lanes = [s.lane for s in holders.values() if s.lane >= 0]
         assert len(set(lanes)) == len(lanes) == scheduler._lanes.num_taken
         assert all(s.lane >= 0 for s in [*scheduler.running, *in_flight.values()])

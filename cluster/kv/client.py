@@ -1,0 +1,389 @@
+"""A replica's way to the KV host of its node: the `engine.kv.tier.Tier` of a real engine.
+
+Owns one thread, which talks to the host and makes all copies: between the device's pages and the shared segment there
+is one copy, with a checksum on the way. Knows no sequence. When the host is gone nothing is there, until it is back.
+"""
+
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cluster.kv.checksum import crc32c
+from cluster.kv.connection import Connection, HostRefused, connect
+from cluster.kv.segment import SegmentError
+from cluster.kv.wire import (
+    ELSEWHERE,
+    ON_DISK,
+    VERSION,
+    Commit,
+    Corrupt,
+    Entry,
+    Fetch,
+    Find,
+    Found,
+    Grant,
+    Hello,
+    Message,
+    Ready,
+    Release,
+    WireError,
+)
+from engine.kv.costs import CopyCost, LoadPolicy, choose_load
+from engine.kv.tier import Answer, Load, Loaded, PageMemory, Save, Saved, TierStats
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+"""Between two attempts to reach a host that is not there."""
+REFUSED_RETRY_S = 30.0
+ANSWER_TIMEOUT_S = 5.0
+"""For a host that takes longer to say anything to a load: the sequence is computed instead."""
+CLOSE_TIMEOUT_S = 2.0
+MAX_QUEUED = 64
+"""Pages that may be on their way to the host at once: each is held on the device until it is copied."""
+MAX_COMMIT = 8
+"""Pages that are copied before the host is told, and before a load that has come meanwhile."""
+BURST_S = 0.25
+"""Seconds' worth of the bandwidth for saving that may be used up at once."""
+_MEMORY = 0
+_GUESSES = {_MEMORY: 0.25e-9, ON_DISK: 2e-9, ELSEWHERE: 2e-9}
+"""Seconds a byte, until copies have been measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """What copies may take, bytes a second; None is no limit. Limits on loading are for measurements."""
+
+    save: float | None = None
+    load: float | None = None
+
+
+UNLIMITED = Bandwidth()
+
+
+@dataclass(slots=True)
+class _Running:
+    """A load that has not been answered."""
+
+    load: Load
+    began: float
+    heard: float
+    """When the host last said something of it."""
+    wanted: int = 0
+    """Pages that were decided on."""
+    copied: int = 0
+    fetched: float = 0.0
+    """When pages were asked for that were not in memory."""
+    predicted: float = 0.0
+    slow: dict[int, int] = field(default_factory=dict)
+    """Pages wanted of each medium but memory."""
+
+
+class TierClient:
+    """See `engine.kv.tier.Tier`."""
+
+    def __init__(
+        self,
+        find_host: Callable[[], Path | None],
+        layout: bytes,
+        memory: PageMemory,
+        *,
+        name: str,
+        bandwidth: Bandwidth = UNLIMITED,
+        choose: LoadPolicy = choose_load,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`find_host` gives the socket of the host, None while there is none; it is asked on the client's thread."""
+        self._find_host = find_host
+        self._hello = Hello(VERSION, layout, memory.page_bytes, name)
+        self._memory = memory
+        self._bandwidth = bandwidth
+        self._choose = choose
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._saves: deque[Save] = deque()
+        self._loads: deque[Load] = deque()
+        self._answers: list[Answer] = []
+        self._stats = TierStats()
+        self._num_saving = 0
+        self._allowance = _Allowance(bandwidth.save, memory.page_bytes, clock)
+        self._costs = {medium: CopyCost(guess * memory.page_bytes) for medium, guess in _GUESSES.items()}
+        self._save_cost = CopyCost(_GUESSES[_MEMORY] * memory.page_bytes)
+        self._connection: Connection | None = None
+        self._closing = False
+        self._woken, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._running: dict[int, _Running] = {}
+        self._thread = threading.Thread(target=self._run, name="kv-tier", daemon=True)
+        self._thread.start()
+
+    # -- the engine's side -------------------------------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a host now."""
+        return self._connection is not None
+
+    def may_have(self, key: bytes) -> bool:
+        connection = self._connection
+        return connection is not None and connection.segment.may_have(key)
+
+    def room(self) -> int:
+        connection = self._connection
+        free = MAX_QUEUED - self._num_saving
+        if connection is None:
+            return free  # they are refused at once: what nobody takes must not pile up
+        return max(0, min(free, len(connection.credits) - self._num_saving, self._allowance.pages()))
+
+    def save(self, pages: list[Save]) -> None:
+        self._allowance.take(len(pages))
+        with self._changed:
+            self._num_saving += len(pages)
+            self._saves.extend(pages)
+        self._wake()
+
+    def load(self, load: Load) -> None:
+        with self._changed:
+            self._loads.append(load)
+        self._wake()
+
+    def poll(self, timeout_s: float = 0.0) -> list[Answer]:
+        if not self._answers and timeout_s == 0.0:
+            return []
+        with self._changed:
+            if not self._answers:
+                self._changed.wait(timeout_s)
+            answers, self._answers = self._answers, []
+        return answers
+
+    def page_seconds(self) -> float:
+        return self._save_cost.page_seconds + self._costs[_MEMORY].page_seconds
+
+    def stats(self) -> TierStats:
+        return replace(self._stats)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+        self._wake()
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # a full pipe: it is awake then; a closed one: it has ended
+            self._waker.send(b"\0")
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        retry_at = 0.0
+        while not self._closing:
+            if self._clock() >= retry_at:
+                retry_at = self._clock() + RETRY_S
+                try:
+                    self._serve()
+                except HostRefused as refusal:
+                    logger.warning("The KV host refuses this replica: %s", refusal)
+                    retry_at = self._clock() + REFUSED_RETRY_S
+                except (OSError, WireError, SegmentError) as error:
+                    if self._connection is not None:
+                        self._stats.failures += 1
+                        logger.warning("The KV host is lost: %s; pages are computed instead of loaded", error)
+                    else:
+                        logger.debug("No KV host: %s", error)
+                except Exception:
+                    self._stats.failures += 1
+                    logger.exception("The KV tier is off")
+                    retry_at = float("inf")
+                finally:
+                    self._connection = None
+                    self._give_up()
+            self._sleep(max(0.0, retry_at - self._clock()))
+            self._give_up()
+        self._woken.close()
+
+    def _sleep(self, seconds: float) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            if selector.select(min(seconds, RETRY_S)):
+                self._woken.recv(4096)
+
+    def _give_up(self) -> None:
+        """Answers everything that waits for a host that is not there."""
+        for running in list(self._running.values()):
+            self._finish(running)
+        with self._changed:
+            loads, saves = list(self._loads), list(self._saves)
+            self._loads.clear()
+            self._saves.clear()
+        for load in loads:
+            self._answer(Loaded(load.ticket, 0))
+        for save in saves:
+            self._refuse(save)
+
+    def _serve(self) -> None:
+        """Talks to the host for as long as it is there."""
+        path = self._find_host()
+        if path is None:
+            return
+        with connect(path, self._hello) as connection:
+            self._connection = connection
+            logger.info("KV host at %s: %d pages", path, connection.segment.num_slots)
+            while not self._closing:
+                for message in connection.receive(self._woken, ANSWER_TIMEOUT_S):
+                    self._handle(connection, message)
+                if any(self._clock() - running.heard > ANSWER_TIMEOUT_S for running in self._running.values()):
+                    raise WireError(f"the host says nothing of a load for {ANSWER_TIMEOUT_S:.0f} s")
+                self._work(connection)
+
+    def _work(self, connection: Connection) -> None:
+        """Does what the engine has asked for; loads first, as sequences wait for those."""
+        while self._loads or self._saves:
+            while self._loads:
+                load = self._loads.popleft()
+                now = self._clock()
+                self._running[load.ticket] = _Running(load, now, now)
+                connection.send(Find(load.ticket, load.keys))
+            entries: list[Entry] = []
+            while self._saves and not self._loads and len(entries) < MAX_COMMIT:
+                save = self._saves.popleft()
+                if (entry := self._copy_out(connection, save)) is not None:
+                    entries.append(entry)
+            if entries:
+                connection.send(Commit(entries))
+
+    def _handle(self, connection: Connection, message: Message) -> None:
+        match message:
+            case Grant(slots):
+                connection.credits.extend(slots)
+            case Found(ticket, slots, crcs):
+                if (running := self._running.get(ticket)) is not None:
+                    self._found(connection, running, slots, crcs)
+            case Ready(ticket, first, slots, crcs):
+                if (running := self._running.get(ticket)) is not None:
+                    self._ready(connection, running, first, slots, crcs)
+            case _:
+                raise WireError(f"the host sent a {type(message).__name__}")
+
+    def _copy_out(self, connection: Connection, save: Save) -> Entry | None:
+        """Copies a page to a slot of ours; what to commit, or None if there is none."""
+        if not connection.credits:
+            self._refuse(save)
+            return None
+        began = self._clock()
+        slot = connection.credits.popleft()
+        memory = connection.segment.slot(slot)
+        self._memory.read(save.page, memory)
+        entry = Entry(slot, save.key, save.parent, crc32c(memory))
+        self._save_cost.observe(1, self._clock() - began)
+        self._stats.pages_saved += 1
+        self._answer(Saved(save.page, True))
+        return entry
+
+    def _found(self, connection: Connection, running: _Running, slots: list[int], crcs: list[int]) -> None:
+        load = running.load
+        if len(slots) > len(load.keys):
+            raise WireError("more pages were found than were asked for")
+        media = [min(slot, _MEMORY) for slot in slots]
+        seconds = [self._costs[medium].page_seconds for medium in media]
+        running.heard = self._clock()
+        running.wanted = wanted = self._choose(seconds, load.recompute_seconds)
+        running.predicted = self._clock() - running.began + sum(seconds[:wanted])
+        for medium in media[:wanted]:
+            if medium != _MEMORY:
+                running.slow[medium] = running.slow.get(medium, 0) + 1
+        if running.slow:
+            running.fetched = self._clock()
+            connection.send(Fetch(load.ticket, wanted))
+        in_memory = next((i for i, slot in enumerate(slots[:wanted]) if slot < 0), wanted)
+        self._copy_in(connection, running, slots[:in_memory], crcs[:in_memory], timed=True)
+
+    def _ready(self, connection: Connection, running: _Running, first: int, slots: list[int], crcs: list[int]) -> None:
+        running.heard = self._clock()
+        # Pages that were in memory from the beginning may be told of again.
+        skip = running.copied - first
+        if skip < 0 or first + len(slots) > running.wanted:
+            raise WireError("pages came that were not next")
+        if not slots:
+            running.wanted = running.copied
+        elif skip >= len(slots):
+            return
+        self._copy_in(connection, running, slots[skip:], crcs[skip:], timed=False)
+
+    def _copy_in(
+        self, connection: Connection, running: _Running, slots: list[int], crcs: list[int], *, timed: bool
+    ) -> None:
+        """Copies the next pages of a load; ends it when these were the last, or one is not what it should be."""
+        began, count = self._clock(), 0
+        for slot, crc in zip(slots, crcs, strict=True):
+            memory = connection.segment.slot(slot)
+            self._memory.write(running.load.pages[running.copied], memory)
+            if crc32c(memory) != crc:
+                self._stats.pages_corrupt += 1
+                connection.send(Corrupt([running.load.keys[running.copied]]))
+                running.wanted = running.copied
+                break
+            running.copied += 1
+            count += 1
+            self._throttle(began, count)
+        if timed:
+            self._costs[_MEMORY].observe(count, self._clock() - began)
+        if running.copied >= running.wanted:
+            connection.send(Release(running.load.ticket))
+            self._finish(running)
+
+    def _throttle(self, began: float, pages: int) -> None:
+        if self._bandwidth.load is not None:
+            due = began + pages * self._memory.page_bytes / self._bandwidth.load
+            time.sleep(max(0.0, due - self._clock()))
+
+    def _finish(self, running: _Running) -> None:
+        load, seconds = running.load, self._clock() - running.began
+        del self._running[load.ticket]
+        if running.slow and running.copied == running.wanted:
+            spent = self._clock() - running.fetched
+            for medium in running.slow:
+                self._costs[medium].observe(sum(running.slow.values()), spent)
+        self._stats.pages_loaded += running.copied
+        recompute = load.recompute_seconds(0) - load.recompute_seconds(running.copied)
+        self._answer(Loaded(load.ticket, running.copied, seconds, running.predicted, recompute))
+
+    def _refuse(self, save: Save) -> None:
+        self._stats.pages_refused += 1
+        self._answer(Saved(save.page, False))
+
+    def _answer(self, answer: Answer) -> None:
+        with self._changed:
+            self._num_saving -= isinstance(answer, Saved)
+            self._answers.append(answer)
+            self._changed.notify()
+
+
+class _Allowance:
+    """How many pages the bandwidth for saving allows now: a bucket that fills with time."""
+
+    def __init__(self, bandwidth: float | None, page_bytes: int, clock: Callable[[], float]) -> None:
+        self._rate = None if bandwidth is None else bandwidth / page_bytes
+        self._most = 0.0 if self._rate is None else max(1.0, self._rate * BURST_S)
+        self._pages = self._most
+        self._clock = clock
+        self._filled = clock()
+
+    def pages(self) -> int:
+        if self._rate is None:
+            return MAX_QUEUED
+        now = self._clock()
+        self._pages = min(self._most, self._pages + (now - self._filled) * self._rate)
+        self._filled = now
+        return int(self._pages)
+
+    def take(self, pages: int) -> None:
+        if self._rate is not None:
+            self._pages -= pages

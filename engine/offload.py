@@ -1,0 +1,166 @@
+"""What leaves the device for the tier, and what comes back: the scheduler's side of `engine.kv.tier`. Imports no torch.
+
+Full pages are copied as sequences fill them, oldest first, as fast as the tier takes them; a page that is copied has a
+reference of its own until that is done. A sequence whose next pages the tier has waits for them; others run.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.kv.costs import LEAST_TOKENS, PrefillCost
+from engine.kv.pages import PagePool
+from engine.kv.tier import Load, Loaded, Save, Saved, Tier
+from engine.sequence import Sequence
+
+MAX_UNSAVED = 65536
+"""Pages that may wait to be copied; beyond it the oldest are forgotten, as what they hold is likely to be gone soon."""
+
+
+class Offload:
+    """Pages on their way to or from a tier. Without a tier nothing is ever on its way."""
+
+    def __init__(self, pool: PagePool, page_tokens: int, tier: Tier | None) -> None:
+        self._pool = pool
+        self._page_tokens = page_tokens
+        self._tier = tier
+        self._unsaved: OrderedDict[int, Save] = OrderedDict()
+        """By page, in the order in which they are to be copied. Their content may have gone meanwhile."""
+        self._saving: set[int] = set()
+        """Pages with a reference of ours."""
+        self._loading: dict[int, Sequence] = {}
+        self.prefill = PrefillCost()
+        self.score = Score()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on its way, or waits to be."""
+        return bool(self._loading or self._saving or self._unsaved)
+
+    @property
+    def held_pages(self) -> set[int]:
+        """Pages of the pool that have a reference because they are being copied."""
+        return self._saving
+
+    def totals(self) -> dict[str, Any]:
+        """The fields of `EngineStats` that are this one's."""
+        if self._tier is None:
+            return {}
+        tier, score = self._tier.stats(), self.score
+        return {
+            "tier_pages_saved_total": tier.pages_saved,
+            "tier_pages_refused_total": tier.pages_refused,
+            "tier_pages_loaded_total": tier.pages_loaded,
+            "tier_pages_corrupt_total": tier.pages_corrupt,
+            "tier_failures_total": tier.failures,
+            "tier_load_seconds_total": score.actual,
+            "tier_load_predicted_seconds_total": score.predicted,
+            "tier_saved_seconds_total": score.saved,
+            "tier_regretted_seconds_total": score.regretted,
+        }
+
+    def note(self, key: bytes, parent: bytes, page: int) -> None:
+        """A page is full, computed and indexed."""
+        if self._tier is None:
+            return
+        self._unsaved[page] = Save(key, parent, page)
+        self._unsaved.move_to_end(page)
+        if len(self._unsaved) > MAX_UNSAVED:
+            self._unsaved.popitem(last=False)
+
+    def observe(self, positions: NDArray[np.int64], seconds: float) -> None:
+        """What an iteration over tokens at these positions of their sequences took."""
+        if self._tier is not None and len(positions) >= LEAST_TOKENS:
+            self.prefill.observe(len(positions), int(positions.sum()) + len(positions), seconds)
+
+    def preempted(self, pages: list[int]) -> None:
+        """A sequence loses its pages. Those that are cheaper to copy and load than to compute are copied next; the
+        others are not copied for its sake."""
+        if self._tier is None:
+            return
+        unsaved = [page for page in pages if page in self._unsaved]
+        worth = self._tier.page_seconds() < self.prefill.seconds(0, self._page_tokens)
+        for page in reversed(unsaved):
+            if worth:
+                self._unsaved.move_to_end(page, last=False)
+            else:
+                del self._unsaved[page]
+
+    def send(self) -> None:
+        """Hands as many pages to the tier as it takes now."""
+        if self._tier is None or not self._unsaved:
+            return
+        room = self._tier.room()
+        chosen: list[Save] = []
+        while len(chosen) < room and self._unsaved:
+            _, save = self._unsaved.popitem(last=False)
+            # The page may hold something else by now.
+            if self._pool.index.key_of(save.page) == save.key and not self._tier.may_have(save.key):
+                chosen.append(save)
+        if chosen:
+            pages = [save.page for save in chosen]
+            self._pool.share(pages)
+            self._saving.update(pages)
+            self._tier.save(chosen)
+
+    def load(self, sequence: Sequence, first: int, keys: list[bytes]) -> bool:
+        """Begins to load pages of a sequence, `keys[first:]`; False if the tier has none of them.
+
+        The sequence has pages for all its tokens, and leaves them alone until `settle` gives it back.
+        """
+        if self._tier is None or first >= len(keys) or not self._tier.may_have(keys[first]):
+            return False
+        total, page_tokens, prefill = len(sequence.tokens), self._page_tokens, self.prefill
+
+        def recompute_seconds(count: int) -> float:
+            done = (first + count) * page_tokens
+            return prefill.seconds(done, total - done)
+
+        self._loading[sequence.sequence_id] = sequence
+        self._tier.load(Load(sequence.sequence_id, keys[first:], sequence.pages[first : len(keys)], recompute_seconds))
+        return True
+
+    def settle(self, timeout_s: float = 0.0) -> list[tuple[Sequence, int]]:
+        """Sequences whose loads have ended, with the pages that each got; waits up to `timeout_s` for an answer."""
+        if self._tier is None:
+            return []
+        settled, saved = [], []
+        for answer in self._tier.poll(timeout_s):
+            match answer:
+                case Saved(page):
+                    self._saving.remove(page)
+                    saved.append(page)
+                case Loaded(ticket, num_pages):
+                    self.score.add(answer)
+                    settled.append((self._loading.pop(ticket), num_pages))
+        self._pool.release(saved)
+        return settled
+
+    def close(self) -> None:
+        if self._tier is not None:
+            self._tier.close()
+
+
+class Score:
+    """How well loads were decided on, in seconds. Only ever grows."""
+
+    def __init__(self) -> None:
+        self.predicted = 0.0
+        """That loads were expected to take."""
+        self.actual = 0.0
+        """That they took."""
+        self.saved = 0.0
+        """By which computing the same tokens was expected to take longer than loading them took."""
+        self.regretted = 0.0
+        """By which it was expected to take less."""
+
+    def add(self, loaded: Loaded) -> None:
+        if loaded.num_pages == 0:
+            return
+        self.predicted += loaded.predicted_seconds
+        self.actual += loaded.seconds
+        gain = loaded.recompute_seconds - loaded.seconds
+        self.saved += max(0.0, gain)
+        self.regretted += max(0.0, -gain)

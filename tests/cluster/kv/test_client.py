@@ -1,0 +1,271 @@
+"""A replica's client and a real host in a process of its own: pages go out and come back, or are honestly missing."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cluster.kv.client import UNLIMITED, Bandwidth, TierClient
+from cluster.kv.segment import Segment, tag_of
+from engine.kv.tier import Answer, Load, Loaded, Save, Saved
+
+PAGE_BYTES = 5000
+LAYOUT = b"L" * 32
+PATIENCE_S = 20.0
+
+
+class Pages:
+    """Pages of a device: half to save, half to load into."""
+
+    def __init__(self, count: int, page_bytes: int = PAGE_BYTES) -> None:
+        self.page_bytes = page_bytes
+        chance = np.random.default_rng(1)
+        self.bytes: NDArray[np.uint8] = chance.integers(0, 255, (2 * count, page_bytes)).astype(np.uint8)
+
+    def read(self, page: int, target: NDArray[np.uint8]) -> None:
+        np.copyto(target, self.bytes[page])
+
+    def write(self, page: int, source: NDArray[np.uint8]) -> None:
+        np.copyto(self.bytes[page], source)
+
+
+class Host:
+    """A host process, which a test may kill and start again at the same place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "kv.sock"
+
+    def start(self, memory: str = "1MiB", *options: str) -> None:
+        command = [sys.executable, "-m", "cluster.kv.server", "--directory", str(self.folder), "--memory", memory]
+        self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline()
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(how)
+            self.process.wait(PATIENCE_S)
+            self.process = None
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    made = Host(tmp_path / "kv")
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def connect(host: Host) -> Iterator[Callable[..., TierClient]]:
+    clients: list[TierClient] = []
+
+    def make(
+        pages: Pages, *, layout: bytes = LAYOUT, bandwidth: Bandwidth = UNLIMITED, connected: bool = True
+    ) -> TierClient:
+        client = TierClient(lambda: host.socket, layout, pages, name="test", bandwidth=bandwidth)
+        clients.append(client)
+        if connected:
+            eventually(lambda: client.connected)
+        return client
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def keys_of(count: int, chain: str = "a") -> list[bytes]:
+    return [hashlib.sha256(f"{chain} {number}".encode()).digest() for number in range(count)]
+
+
+def answers_of(client: TierClient, count: int) -> list[Answer]:
+    found: list[Answer] = []
+    deadline = time.monotonic() + PATIENCE_S
+    while len(found) < count:
+        assert time.monotonic() < deadline, f"{len(found)} answers came, {count} were due"
+        found += client.poll(0.1)
+    return found
+
+
+def save(client: TierClient, keys: Sequence[bytes]) -> list[bool]:
+    """Saves pages 0, 1, ... under these keys, as room comes; whether each was stored."""
+    stored: dict[int, bool] = {}
+    waiting = [Save(key, keys[page - 1] if page else b"", page) for page, key in enumerate(keys)]
+    while len(stored) < len(keys):
+        now, waiting = waiting[: client.room()], waiting[client.room() :]
+        if now:
+            client.save(now)
+        for answer in client.poll(0.05):
+            assert isinstance(answer, Saved)
+            stored[answer.page] = answer.stored
+    return [stored[page] for page in range(len(keys))]
+
+
+def load(client: TierClient, keys: list[bytes], first_page: int) -> Loaded:
+    """Loads pages into first_page, first_page + 1, ...; computing them would take very long."""
+    client.load(Load(1, keys, list(range(first_page, first_page + len(keys))), lambda count: 1e6 * (len(keys) - count)))
+    (answer,) = answers_of(client, 1)
+    assert isinstance(answer, Loaded)
+    return answer
+
+
+def test_pages_outlive_the_replica_that_saved_them(host: Host, connect: Callable[..., TierClient]) -> None:
+    host.start()
+    pages, keys = Pages(40), keys_of(40)
+    first = connect(pages)
+    assert all(save(first, keys))
+    assert first.stats().pages_saved == 40
+    eventually(lambda: first.may_have(keys[-1]))
+    first.close()
+    second = connect(pages)
+    loaded = load(second, keys, first_page=40)
+    assert loaded.num_pages == 40
+    assert loaded.seconds > 0
+    assert loaded.recompute_seconds == pytest.approx(40e6)
+    assert np.array_equal(pages.bytes[40:], pages.bytes[:40])
+
+
+def test_only_the_first_pages_that_are_there_in_one_run_are_loaded(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    host.start()
+    pages, keys = Pages(8), keys_of(8)
+    client = connect(pages)
+    save(client, keys[:3])
+    before = pages.bytes[11:].copy()
+    assert load(client, [*keys[:3], *keys_of(2, "b"), keys[1]], first_page=8).num_pages == 3
+    assert np.array_equal(pages.bytes[8:11], pages.bytes[:3])
+    assert np.array_equal(pages.bytes[11:], before)
+    assert not client.may_have(keys_of(1, "b")[0])
+
+
+def test_what_is_faster_to_compute_is_not_loaded(host: Host, connect: Callable[..., TierClient]) -> None:
+    host.start()
+    pages, keys = Pages(4), keys_of(4)
+    client = connect(pages)
+    save(client, keys)
+    client.load(Load(1, keys, [4, 5, 6, 7], lambda count: 0.0))
+    assert answers_of(client, 1) == [Loaded(1, 0, pytest.approx(0.0, abs=PATIENCE_S), pytest.approx(0.0, abs=1.0), 0.0)]
+
+
+def test_replicas_of_other_models_find_nothing(host: Host, connect: Callable[..., TierClient]) -> None:
+    host.start("2MiB")
+    pages, keys = Pages(4), keys_of(4)
+    client = connect(pages)
+    save(client, keys)
+    client.close()
+    other = connect(pages, layout=b"M" * 32)
+    assert load(other, keys, first_page=4).num_pages == 0
+
+
+def test_a_page_that_changed_in_memory_is_not_used_and_not_offered_again(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    host.start()
+    pages, keys = Pages(6), keys_of(6)
+    client = connect(pages)
+    save(client, keys)
+    eventually(lambda: client.may_have(keys[3]))
+    (path,) = [path for path in Path("/dev/shm").glob("manta-kv-*") if has_tag(path, keys[3])]
+    segment = Segment.attach(path)
+    slot = int(np.flatnonzero(segment.tags == tag_of(keys[3]))[0])
+    segment.slot(slot)[100] ^= 1
+    segment.close()
+    assert load(client, keys, first_page=6).num_pages == 3
+    assert client.stats().pages_corrupt == 1
+    eventually(lambda: not client.may_have(keys[3]))
+    assert load(client, keys, first_page=6).num_pages == 3
+    assert client.stats().pages_corrupt == 1
+
+
+def has_tag(path: Path, key: bytes) -> bool:
+    if path.stat().st_uid != os.geteuid():
+        return False
+    segment = Segment.attach(path)
+    try:
+        return segment.page_bytes == PAGE_BYTES and segment.may_have(key)
+    finally:
+        segment.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_without_its_host_a_client_has_nothing_until_the_host_is_back(
+    host: Host, connect: Callable[..., TierClient], how: signal.Signals
+) -> None:
+    host.start()
+    pages, keys = Pages(4), keys_of(4)
+    client = connect(pages)
+    save(client, keys)
+    host.stop(how)
+    eventually(lambda: not client.connected)
+    assert not client.may_have(keys[0])
+    assert load(client, keys, first_page=4).num_pages == 0
+    assert save(client, keys) == [False] * 4
+    assert client.stats().failures == 1
+    assert client.stats().pages_refused == 4
+    host.start()
+    eventually(lambda: client.connected)
+    assert all(save(client, keys))
+    assert load(client, keys, first_page=4).num_pages == 4
+
+
+def test_a_host_that_stops_answering_costs_a_load_seconds_and_no_more(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    host.start()
+    pages, keys = Pages(4), keys_of(4)
+    client = connect(pages)
+    save(client, keys)
+    assert host.process is not None
+    host.process.send_signal(signal.SIGSTOP)
+    assert load(client, keys, first_page=4).num_pages == 0
+    assert not client.connected
+
+
+def test_more_pages_than_the_host_holds_leave_the_beginnings_findable(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    host.start("256KiB")
+    pages, keys = Pages(100), keys_of(100)
+    client = connect(pages)
+    assert save(client, keys).count(True) > 40
+    loaded = load(client, keys, first_page=100)
+    assert 0 < loaded.num_pages < 100
+    assert np.array_equal(pages.bytes[100 : 100 + loaded.num_pages], pages.bytes[: loaded.num_pages])
+
+
+def test_saving_keeps_to_its_bandwidth(host: Host, connect: Callable[..., TierClient]) -> None:
+    host.start()
+    pages, keys = Pages(30), keys_of(30)
+    client = connect(pages, bandwidth=Bandwidth(save=40 * PAGE_BYTES))
+    begin = time.monotonic()
+    save(client, keys)
+    assert time.monotonic() - begin > 0.4, "30 pages at 40 a second, the first 10 at once"
+
+
+def test_a_host_with_too_little_memory_is_as_good_as_none(host: Host, connect: Callable[..., TierClient]) -> None:
+    host.start("16KiB")
+    pages = Pages(2, page_bytes=1 << 20)
+    client = connect(pages, connected=False)
+    assert save(client, keys_of(2)) == [False, False]
+    assert load(client, keys_of(2), first_page=2).num_pages == 0

@@ -1,0 +1,152 @@
+"""Pages that leave the device and come back: who waits, what is computed again, and that no token changes."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.fake_tier import Contents, FakeTier, at_random
+from tests.engine.fakes import run_to_end
+from tests.engine.rig import Rig, expected, request
+
+
+def test_what_one_engine_has_computed_another_one_loads() -> None:
+    contents: Contents = {}
+    first = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    stem = list(range(18))
+    first.engine.add(request("first", stem, max_tokens=7))
+    answer = run_to_end(first.engine, first.streams).tokens["first", 0]
+    assert len(contents) == (18 + 6) // 4, "every full page, those of the answer too"
+    second = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    turn = [*stem, *answer, 60, 61]
+    second.engine.add(request("next", turn, max_tokens=2))
+    streams = run_to_end(second.engine, second.streams)
+    assert streams.tokens["next", 0] == expected(turn, 2)
+    assert [batch.num_tokens for batch in second.runner.batches] == [len(turn) - 24, 1]
+    assert streams.cached == {("next", 0): 24}
+    assert second.engine.stats().prefix_hits_total == 24
+    second.check_nothing_left()
+
+
+def test_other_namespaces_find_nothing() -> None:
+    contents: Contents = {}
+    for namespace in ("model a", "model b"):
+        rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents), namespace=namespace)
+        rig.engine.add(request("x", list(range(18)), max_tokens=1))
+        run_to_end(rig.engine, rig.streams)
+        assert rig.runner.batches[0].num_tokens == 18
+
+
+def test_without_prefix_caching_only_a_sequence_itself_finds_its_pages() -> None:
+    contents: Contents = {}
+    for _ in range(2):
+        rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents), prefix_caching=False)
+        rig.engine.add(request("x", list(range(18)), max_tokens=1))
+        run_to_end(rig.engine, rig.streams)
+        assert rig.runner.batches[0].num_tokens == 18
+
+
+def test_a_preempted_sequence_comes_back_without_computing_what_was_saved() -> None:
+    prompts = {"early": list(range(20)), "late": list(range(50, 70))}
+    computed = {}
+    for tier in (None, FakeTier()):
+        rig = Rig(num_pages=14, page_tokens=2, max_batch_tokens=100, tier=tier)
+        for name, prompt in prompts.items():
+            rig.engine.add(request(name, prompt[:12], max_tokens=15))
+        streams = run_to_end(rig.engine, rig.streams)
+        assert rig.engine.stats().preemptions_total > 0
+        for name, prompt in prompts.items():
+            assert streams.tokens[name, 0] == expected(prompt[:12], 15)
+        computed[tier is not None] = sum(batch.num_tokens for batch in rig.runner.batches)
+        rig.check()
+    assert computed[True] < computed[False]
+    needed = 2 * (12 + 14)
+    assert computed[True] <= needed + 2 * rig.engine.stats().preemptions_total, "a page that was not full, each time"
+
+
+def test_a_late_load_delays_only_its_own_sequence() -> None:
+    contents: Contents = {}
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    stem = list(range(18))
+    rig.engine.add(request("first", stem, max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    late = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents, delay=lambda: 10))
+    late.engine.add(request("loads", stem, max_tokens=3))
+    late.engine.add(request("computes", [80, 81, 82], max_tokens=5))
+    while ("computes", 0) not in late.streams.finished:
+        late.step()
+    assert ("loads", 0) not in late.streams.tokens
+    streams = run_to_end(late.engine, late.streams)
+    assert streams.tokens["loads", 0] == expected(stem, 3)
+    assert late.tier is not None and late.tier.polls_that_waited > 0, "an engine with nothing else to do sleeps"
+
+
+def test_an_aborted_load_gives_its_pages_back_when_it_is_over() -> None:
+    contents: Contents = {}
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    rig.engine.add(request("first", list(range(18)), max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    late = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents, delay=lambda: 3))
+    late.engine.add(request("x", list(range(18)), max_tokens=3))
+    late.step()
+    late.engine.abort("x")
+    assert late.pool.num_free < 100, "the tier may still write to them"
+    run_to_end(late.engine, late.streams)
+    late.check_nothing_left()
+
+
+def test_loads_are_scored_against_what_was_predicted() -> None:
+    contents: Contents = {}
+    for _ in range(2):
+        rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+        rig.engine.add(request("x", list(range(18)), max_tokens=1))
+        run_to_end(rig.engine, rig.streams)
+    score = rig.scheduler.offload.score
+    assert (score.actual, score.predicted, score.saved, score.regretted) == (2.0, 1.0, 3.0, 0.0)
+
+
+def test_a_page_is_offered_once_for_as_long_as_the_tier_has_it() -> None:
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier())
+    for name in "abc":
+        rig.engine.add(request(name, list(range(18)), n=2, max_tokens=1))
+        run_to_end(rig.engine, rig.streams)
+    assert rig.tier is not None
+    assert len(rig.tier.offered) == 4
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), depth=st.integers(1, 3), pages=st.integers(10, 40))
+def test_no_disturbance_of_the_tier_changes_a_token(seed: int, depth: int, pages: int) -> None:
+    chance = random.Random(seed)
+    contents: Contents = {}
+    rigs = [
+        Rig(num_pages=pages, page_tokens=2, max_batch_tokens=24, depth=depth, tier=at_random(seed + i, contents))
+        for i in range(2)
+    ]
+    wanted = {}
+    stems = [[chance.randrange(90) for _ in range(chance.randint(1, 12))] for _ in range(3)]
+    for number in range(12):
+        prompt = [*chance.choice(stems), *(chance.randrange(90) for _ in range(chance.randint(0, 3)))]
+        length = chance.randint(1, min(10, 2 * pages - len(prompt) - 1))
+        rig = chance.choice(rigs)
+        samples = chance.randint(1, 2)
+        rig.engine.add(request(str(number), prompt, n=samples, max_tokens=length))
+        for sample in range(samples):
+            wanted[number, sample] = rig, expected(prompt, length, sample_index=sample)
+        for _ in range(chance.randint(0, 4)):
+            for other in rigs:
+                other.step()
+        if chance.random() < 0.2:
+            contents.pop(chance.choice(sorted(contents)), None) if contents else None
+        if chance.random() < 0.15:
+            gone = chance.randrange(number + 1)
+            for other in rigs:
+                other.engine.abort(str(gone))
+            for sample in range(2):
+                wanted.pop((gone, sample), None)
+    for rig in rigs:
+        while rig.engine.has_work():
+            rig.step()
+        rig.check_nothing_left()
+    for (number, sample), (rig, tokens) in wanted.items():
+        assert rig.streams.tokens[str(number), sample] == tokens
