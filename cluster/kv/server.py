@@ -17,6 +17,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.kv.disk import DiskTier
 from cluster.kv.host_config import HostConfig
 from cluster.kv.peers import NoPeers, PageCopy, Peers
 from cluster.kv.segment import BLOCK, FILE_PREFIX, Segment, SegmentError, remove_dead, round_up, segment_bytes
@@ -68,6 +69,11 @@ class KVServer:
         self._sessions: dict[ClientSession, None] = {}
         self._connections: set[asyncio.Task[None]] = set()
         self._opening = asyncio.Lock()
+        self._disk = (
+            None
+            if config.disk is None or config.disk_bytes <= 0
+            else DiskTier(config.disk, config.disk_bytes, self._counters)
+        )
         self._server: asyncio.Server | None = None
         self._lock = -1
 
@@ -76,6 +82,8 @@ class KVServer:
         self._lock = _take(self.socket.parent)
         for path in remove_dead(self._config.segments):
             logger.info("Removed %s, whose host is gone", path)
+        if self._disk is not None:
+            await self._disk.start()
         self.socket.unlink(missing_ok=True)
         try:
             self._server = await asyncio.start_unix_server(self._accept, self.socket)
@@ -93,6 +101,8 @@ class KVServer:
             await asyncio.wait(self._connections)
         for layout in list(self._stores):
             await self._drop(layout)
+        if self._disk is not None:
+            await self._disk.close()
         if self._server is not None:
             self.socket.unlink(missing_ok=True)
         if self._lock >= 0:
@@ -106,8 +116,8 @@ class KVServer:
         return HostStats(
             memory_bytes=sum(store.table.num_pages * store.segment.page_bytes for store in stores),
             memory_pages=sum(store.table.num_pages for store in stores),
-            disk_bytes=0,
-            disk_pages=0,
+            disk_bytes=self._disk.num_bytes if self._disk else 0,
+            disk_pages=self._disk.num_pages if self._disk else 0,
             clients=len(self._sessions),
             evictions_total=counters.evictions_total,
             demotions_total=counters.demotions_total,
@@ -202,8 +212,16 @@ class KVServer:
         in_use = {session.store.layout for session in self._sessions}
         for other in [other for other in self._stores if other not in in_use]:
             await self._drop(other)
-        segment = self._make_segment(page_bytes, num_disk=0)
-        store = Store(layout, segment, None, self._peers, self._counters)
+        disk = None if self._disk is None else await self._disk.open(layout, page_bytes)
+        try:
+            segment = self._make_segment(page_bytes, num_disk=disk.table.num_slots if disk else 0)
+        except (HostError, SegmentError):
+            if disk is not None:
+                await disk.close()
+            raise
+        if disk is not None:
+            disk.show_tags(segment.disk_tags)
+        store = Store(layout, segment, disk, self._peers, self._counters)
         store.on_free = lambda: self._top_up(store)
         self._stores[layout] = store
         logger.info("Keeping up to %d pages of %d bytes in %s", segment.num_slots, page_bytes, segment.path)
@@ -295,10 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, required=True, help="where the socket is to be")
     parser.add_argument("--memory", type=parse_bytes, required=True, help='of pages in memory, such as "1GiB"')
     parser.add_argument("--segments", type=Path, default=HostConfig(0).segments, help="folder in memory [%(default)s]")
+    parser.add_argument("--disk", type=Path, help="folder of the disk tier [none]")
+    parser.add_argument("--disk-bytes", type=parse_bytes, default=2**32, help="of pages on disk [4GiB]")
     options = parser.parse_args(arguments)
+    config = HostConfig(options.memory, options.disk, options.disk_bytes, options.segments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        asyncio.run(_run(options.directory, HostConfig(memory_bytes=options.memory, segments=options.segments)))
+        asyncio.run(_run(options.directory, config))
     except HostError as error:
         parser.exit(1, f"{error}\n")
 

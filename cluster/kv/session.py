@@ -143,7 +143,7 @@ class ClientSession:
         del self._tickets[ticket.number]
         for task in ticket.work:
             task.cancel()
-        self.store.table.release(self, ticket.number)
+        self.store.release(self, ticket.number)
 
     def _work(self, ticket: _Ticket, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

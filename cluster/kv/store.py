@@ -69,7 +69,8 @@ class Store:
         """Called when slots may have become free by something that no client did."""
         self._peers = peers
         self._counters = counters
-        self._ahead = min(MAX_AHEAD, segment.num_slots // 8)
+        # At least what one client is granted at once.
+        self._ahead = min(MAX_AHEAD, segment.num_slots // 4)
         self._backed = bytearray(segment.num_slots)
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -112,6 +113,11 @@ class Store:
                 break
             run.append(page)
         return run
+
+    def release(self, owner: Owner, ticket: int) -> None:
+        """Drops the pins of a ticket."""
+        self.table.release(owner, ticket)
+        self._keep_ahead()
 
     async def find_elsewhere(self, keys: Sequence[bytes]) -> tuple[str, int]:
         """The host that has the longest run of these keys, and how many."""
@@ -237,7 +243,7 @@ class Store:
                 self._forget(gone)
                 self._counters.demotions_total += len(gone)
                 self.on_free()
-                if not gone:  # All were asked for meanwhile, or could not be written: later.
+                if not any(self._on_disk(page.key) for page in pages):
                     break
         finally:
             self._demoting = False
