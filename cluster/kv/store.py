@@ -74,7 +74,9 @@ class Store:
         self._backed = bytearray(segment.num_slots)
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._demoting = False
+        self._demotion: asyncio.Task[None] | None = None
+        self._wanted = 0
+        """Free slots that a load waits for."""
 
     @property
     def piece(self) -> int:
@@ -200,6 +202,7 @@ class Store:
 
     async def _load_from_disk(self, keys: Sequence[bytes], pin: Callable[[bytes], object]) -> None:
         assert self.disk is not None
+        await self._free(len(keys))
         slots = await self.grant(HOST, len(keys))
         views = [self.segment.slot(slot) for slot in slots]
         read = await self.disk.read(keys[: len(slots)], views)
@@ -213,7 +216,9 @@ class Store:
 
     async def _load_from_peer(self, keys: Sequence[bytes], peer: str, pin: Callable[[bytes], object]) -> None:
         copies = await self._peers.pages(peer, self.layout, keys)
-        slots = await self.grant(HOST, min(len(copies), len(keys)))
+        copies = copies[: len(keys)]
+        await self._free(len(copies))
+        slots = await self.grant(HOST, len(copies))
         for key, slot, copy in zip(keys, slots, copies, strict=False):
             whole = copy.key == key != copy.parent and len(copy.content) == self.segment.page_bytes
             if not whole or crc32c(copy.content) != copy.crc:
@@ -227,14 +232,30 @@ class Store:
 
     def _keep_ahead(self) -> None:
         """Writes the coldest pages to disk while few slots are free."""
-        if self.disk is not None and self.disk.writable and not self._demoting and self.table.num_free < self._ahead:
-            self._demoting = True
-            self._start(self._demote())
+        if self._demotion is None and self._short() > 0:
+            self._demotion = self._start(self._demote())
+
+    def _short(self) -> int:
+        """How many more slots should be free; none without a disk to write what is in them to."""
+        if self.disk is None or not self.disk.writable:
+            return 0
+        return max(self._ahead, self._wanted) - self.table.num_free
+
+    async def _free(self, count: int) -> None:
+        """Waits until so many slots are free, if writing pages to disk makes them so.
+
+        A load has the time, unlike a client that has new pages; and nothing is lost for what is not lost yet.
+        """
+        self._wanted = count
+        self._keep_ahead()
+        if self.table.num_free < count and self._demotion is not None:
+            await asyncio.wait([self._demotion])
+        self._wanted = 0
 
     async def _demote(self) -> None:
         assert self.disk is not None
         try:
-            while self.disk.writable and (short := self._ahead - self.table.num_free) > 0:
+            while (short := self._short()) > 0:
                 pages = self.table.start_leaving(min(short, self.piece))
                 if not pages:
                     break
@@ -246,7 +267,7 @@ class Store:
                 if not any(self._on_disk(page.key) for page in pages):
                     break
         finally:
-            self._demoting = False
+            self._demotion = None
 
     def _on_disk(self, key: bytes) -> bool:
         return self.disk is not None and key in self.disk
