@@ -14,6 +14,7 @@ from ray.serve.config import RequestRouterConfig
 
 from deployments.config import AppConfig
 from deployments.gateway import Gateway
+from deployments.kv_hosts import KVHosts
 from deployments.metrics_hub import MetricsHub
 from deployments.replica import EngineFactory, LLMReplica, load_engine
 from deployments.router_adapter import TokenRequestRouter
@@ -44,10 +45,11 @@ def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
     engine = share_machine(config.engine, share, neighbours)
     # Each is given what it needs and no more: Serve replaces actors whose arguments have changed.
     hub = _deployment(MetricsHub, replicas=1, cpus=0).bind(config.model_name)
+    hosts = _deployment(KVHosts, replicas=1, cpus=0).bind(config.kv_host, hub) if config.kv_host.enabled else None
     replicas = (
         _deployment(LLMReplica, replicas=config.replicas, cpus=share)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
-        .bind(engine, config.model_name, hub, engine_factory)
+        .bind(engine, config.model_name, hub, engine_factory, hosts)
     )
     gateway = _deployment(serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0)
     return gateway.bind(config.gateway, replicas, hub)

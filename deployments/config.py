@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from cluster.config import KVTierConfig
 from engine.config import Auto, Config, EngineConfig
 
 
@@ -34,6 +35,7 @@ class AppConfig(Config):
     """Ray CPUs that one replica reserves; "auto" shares the cores of the machine between the replicas."""
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
+    kv_host: KVTierConfig = KVTierConfig()
 
     @property
     def model_name(self) -> str:

@@ -156,7 +156,10 @@ def _reachable(host: str) -> str:
 
 
 def _absolute(config: AppConfig) -> AppConfig:
-    """The configuration with a local model's path made absolute: replicas run in another working directory."""
+    """The configuration with local paths made absolute: replicas and hosts run in other working directories."""
+    if config.kv_host.disk is not None:
+        disk = config.kv_host.disk.expanduser().absolute()
+        config = config.model_copy(update={"kv_host": config.kv_host.model_copy(update={"disk": disk})})
     model = Path(config.engine.model).expanduser()
     if config.engine.model == BUILT_IN or not model.exists():
         return config

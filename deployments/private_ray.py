@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cluster.kv.host_config import SHARED_MEMORY
+from cluster.kv.segment import remove_dead
 from deployments.logs import LOG_FILE_VARIABLE
 from deployments.processes import adopt_orphans, end_descendants
 from deployments.serve_settings import FAST_PATH, NODE_FAILURE, QUIET
@@ -86,12 +88,17 @@ class PrivateRay:
             if self._ray is not None:
                 _within(SHUTDOWN_S, self._ray.shutdown)
             end_descendants(grace_s=2.0)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._clean()
 
     def abandon(self) -> None:
         """What `stop` does, at once and without asking anybody."""
         end_descendants(grace_s=0.0)
+        self._clean()
+
+    def _clean(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
+        # KV hosts that were killed could not give back their memory.
+        remove_dead(SHARED_MEMORY)
 
 
 def environment(directory: Path, log_file: Path, *, haproxy: bool) -> dict[str, str]:

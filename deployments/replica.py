@@ -8,12 +8,14 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.kv_host import find_host
 from deployments.engine_thread import EngineLike, EngineStopped, EngineThread
 from deployments.links import FrameStreams
 from deployments.logs import configure_logging
@@ -46,14 +48,23 @@ class ServedEngine(EngineLike, Protocol):
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
 
-EngineFactory = Callable[[EngineConfig], ServedEngine]
+FindHost = Callable[[], Path | None]
+"""The socket of this node's KV host; None while there is none."""
+EngineFactory = Callable[[EngineConfig, FindHost | None], ServedEngine]
+"""The engine of a configuration; without a way to find a KV host it is to have none."""
 
 
-def load_engine(config: EngineConfig) -> ServedEngine:
+def load_engine(config: EngineConfig, find_host: FindHost | None) -> ServedEngine:
     """Builds the real engine. torch is imported here, in the engine's thread, not by whoever imports this module."""
+    from cluster.kv.client import TierClient
     from engine.build import build_engine
+    from engine.kv.tier import PageMemory, Tier
 
-    return build_engine(config)
+    def make_tier(layout: bytes, memory: PageMemory) -> Tier:
+        assert find_host is not None
+        return TierClient(find_host, layout, memory, name=f"replica {os.getpid()}")
+
+    return build_engine(config, None if find_host is None else make_tier)
 
 
 class LLMReplica:
@@ -64,15 +75,25 @@ class LLMReplica:
 
     # Serve awaits the constructor of a deployment, which Python's typing does not know of.
     async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, model_name: str, hub: DeploymentHandle, engine_factory: EngineFactory
+        self,
+        config: EngineConfig,
+        model_name: str,
+        hub: DeploymentHandle,
+        engine_factory: EngineFactory,
+        hosts: DeploymentHandle | None,
     ) -> None:
-        """Loads the model. Raises ModelError, whose one line Serve shows as the reason why the deployment failed."""
-        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        """Loads the model. `hosts` is None if the nodes have no KV hosts; they are found without asking it.
+
+        Raises ModelError, whose one line Serve shows as the reason why the deployment failed.
+        """
+        context = serve.get_replica_context()
+        self._replica_id = context.replica_id.unique_id
+        host = None if hosts is None else partial(find_host, context.app_name)
         configure_logging(f"replica {self._replica_id}")
         self._loop = asyncio.get_running_loop()
         self._stuck: str | None = None
         """Why this replica is to be replaced although its engine has not failed."""
-        self._engine = EngineThread(lambda: engine_factory(config), self._deliver)
+        self._engine = EngineThread(lambda: engine_factory(config, host), self._deliver)
         try:
             engine = await asyncio.wrap_future(self._engine.start())
         except ModelError as error:

@@ -41,6 +41,8 @@ class Owner(Enum):
     """Labelled with `model_name` and `engine`: the replica's slot, a small number."""
     GATEWAY = "gateway"
     """Labelled with `model_name`: measured next to the client's socket, over all engines."""
+    HOST = "host"
+    """Labelled with `model_name`; each metric has a label `node` of its own: the beginning of the node's id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +223,90 @@ _METRICS = (
         Kind.COUNTER,
         Owner.GATEWAY,
         labels=("method", "status", "handler"),
+    ),
+    Metric(
+        "manta:kv_host_memory_bytes",
+        "Bytes of the KV pages that the host of a node keeps in memory.",
+        Kind.GAUGE,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_memory_pages",
+        "Number of KV pages that the host of a node keeps in memory.",
+        Kind.GAUGE,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_disk_bytes",
+        "Bytes of the files of KV pages on a node's disk.",
+        Kind.GAUGE,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_disk_pages",
+        "Number of KV pages on a node's disk that can be found.",
+        Kind.GAUGE,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_clients",
+        "Number of replicas that are connected to the KV host of their node.",
+        Kind.GAUGE,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_evictions_total",
+        "Number of KV pages that left a host's memory and are on no disk.",
+        Kind.COUNTER,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_demotions_total",
+        "Number of KV pages that left a host's memory and are on disk.",
+        Kind.COUNTER,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_promotions_total",
+        "Number of KV pages that a host read from disk into memory.",
+        Kind.COUNTER,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_pages_received_total",
+        "Number of KV pages that came from the hosts of other nodes.",
+        Kind.COUNTER,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_pages_served_total",
+        "Number of KV pages that went to the hosts of other nodes.",
+        Kind.COUNTER,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_pages_corrupt_total",
+        "Number of KV pages that were not as they had been written.",
+        Kind.COUNTER,
+        Owner.HOST,
+        labels=("node",),
+    ),
+    Metric(
+        "manta:kv_host_disk_errors_total",
+        "Number of reads and writes that a host's disk failed.",
+        Kind.COUNTER,
+        Owner.HOST,
+        labels=("node",),
     ),
 )
 

@@ -71,10 +71,14 @@ class Recorder:
         histogram.counts[bisect_left(metric.buckets, value)] += times
         histogram.total += value * times
 
-    def set(self, name: str, value: float) -> None:
+    def set(self, name: str, value: float, labels: tuple[str, ...] = ()) -> None:
         """Sets a gauge. Raises KeyError for a name that is not in the catalogue."""
         assert CATALOGUE[name].kind is Kind.GAUGE, name
-        self._gauges[name, ()] = value
+        self._gauges[name, labels] = value
+
+    def unset(self, name: str, labels: tuple[str, ...] = ()) -> None:
+        """What the gauge showed is gone."""
+        self._gauges.pop((name, labels), None)
 
     def drain(self) -> Delta:
         """Everything since the previous drain. A delta that could not be delivered is sent again, not drained again."""

@@ -54,6 +54,19 @@ def serve(
     kv_memory: Annotated[
         str | None, typer.Option(help='Such as "2GiB", or auto. [auto]', rich_help_panel=_MODEL)
     ] = None,
+    kv_host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help='Shared memory for KV pages beyond the replicas, which survives them: "8GiB", auto, or 0 for none. '
+            "[auto]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    kv_disk: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where pages go that it has no room for. [none]", rich_help_panel=_MODEL),
+    ] = None,
+    kv_disk_size: Annotated[str | None, typer.Option(help='Such as "100GiB". [16GiB]', rich_help_panel=_MODEL)] = None,
     prefix_caching: Annotated[
         bool | None,
         typer.Option(help="Whether prompts that begin alike share what was computed. [yes]", rich_help_panel=_MODEL),
@@ -108,6 +121,9 @@ def serve(
         "engine.deterministic": deterministic,
         "engine.kv.memory": kv_memory,
         "engine.kv.dtype": kv_dtype,
+        "kv_host.memory": kv_host_memory,
+        "kv_host.disk": kv_disk,
+        "kv_host.disk_size": kv_disk_size,
         "engine.kv.prefix_caching": prefix_caching,
         "engine.scheduler.max_sequences": max_sequences,
         "engine.scheduler.max_batch_tokens": max_batch_tokens,

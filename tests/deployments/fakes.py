@@ -107,7 +107,7 @@ class FakeEngine:
         self.closed = True
 
 
-def build_fake_engine(config: EngineConfig) -> FakeEngine:
+def build_fake_engine(config: EngineConfig, find_host: object = None) -> FakeEngine:
     """An engine factory for `deployments.app.assemble`."""
     return FakeEngine(model_path=Path(config.model))
 

@@ -1,0 +1,197 @@
+"""The KV host as Ray runs it: one actor a node, which outlives the replicas, and how it reaches those of other nodes.
+
+Owns the life of `cluster.kv.server.KVServer` inside an actor. Who wants hosts, and for how long, says so by `renew`,
+again and again: a host that nobody has renewed for LEASE_S ends itself, so that none stays behind when an application
+is gone, however that came about.
+"""
+
+import asyncio
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import KVTierConfig
+from cluster.kv.host_config import HostConfig
+from cluster.kv.peers import PageCopy
+from cluster.kv.server import SOCKET_NAME, KVServer
+from cluster.kv.stats import HostStats
+from engine.machine import available_bytes
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "manta"
+LEASE_S = 30.0
+"""How long a host lives without being renewed."""
+AUTO_SHARE = 0.25
+"""Of the free memory that "auto" takes."""
+HAVE_TIMEOUT_S = 0.25
+"""For other hosts to say what they have; a client waits for it."""
+PAGES_TIMEOUT_S = 10.0
+"""For a piece of pages to come from another host."""
+_MAX_SOCKET_PATH = 107
+
+
+class KVHostActor:
+    """Keeps pages for the replicas of its node. Ray starts it again, on the same path, when its process dies."""
+
+    # Ray awaits the constructor of an actor with asynchronous methods, which Python's typing does not know of.
+    async def __init__(self, directory: str, config: KVTierConfig) -> None:  # type: ignore[misc]
+        """Listens at `host_directory`. Raises HostError."""
+        self._directory = Path(directory)
+        self._config = config
+        self._peers = RayPeers()
+        self._server = KVServer(self._directory, resolve(config), self._peers)
+        self._keeper = 0
+        self._renewed = time.monotonic()
+        self._renewing = asyncio.Lock()
+        await self._server.start()
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def renew(self, keeper: int, config: KVTierConfig, peers: Mapping[str, Any]) -> HostStats:
+        """Lives on for LEASE_S, for this keeper unless there is a newer one: keepers are numbered by their start.
+
+        With another configuration it begins anew. `peers`: the hosts of the other nodes by name.
+        """
+        async with self._renewing:
+            self._renewed = time.monotonic()
+            if keeper >= self._keeper:
+                self._keeper = keeper
+                self._peers.hosts = dict(peers)
+                if config != self._config:
+                    await self._begin_anew(config)
+            return self._server.stats()
+
+    async def end(self, keeper: int) -> bool:
+        """Gives everything back, unless it has a newer keeper; whether it did."""
+        if keeper < self._keeper:
+            return False
+        self._watching.cancel()
+        await self._server.close()
+        return True
+
+    async def have(self, layout: bytes, keys: Sequence[bytes]) -> int:
+        """See `KVServer.have`."""
+        return self._server.have(layout, keys)
+
+    async def pages(self, layout: bytes, keys: Sequence[bytes]) -> list[PageCopy]:
+        """See `KVServer.pages`."""
+        return await self._server.pages(layout, keys)
+
+    async def _begin_anew(self, config: KVTierConfig) -> None:
+        logger.info("The KV host has another configuration now: it begins anew")
+        await self._server.close()
+        self._config = config
+        self._server = KVServer(self._directory, resolve(config), self._peers)
+        await self._server.start()
+
+    async def _watch(self) -> None:
+        while (left := self._renewed + LEASE_S - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        logger.warning("Nobody has wanted this KV host for %.0f s: it ends", LEASE_S)
+        await self._server.close()
+        # Without a restart, unlike any other end of the process.
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+
+
+class RayPeers:
+    """`cluster.kv.peers.Peers` over actor calls."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[str, Any] = {}
+        """Handles of the hosts of the other nodes."""
+
+    async def have(self, layout: bytes, keys: Sequence[bytes]) -> tuple[str, int]:
+        hosts = dict(self.hosts)
+        asked = {asyncio.ensure_future(_call(host.have.remote(layout, keys))): name for name, host in hosts.items()}
+        if not asked:
+            return "", 0
+        answered, late = await asyncio.wait(asked, timeout=HAVE_TIMEOUT_S)
+        for task in late:
+            task.cancel()
+        counts = {asked[task]: task.result() or 0 for task in answered}
+        best = max(counts, key=lambda name: counts[name], default="")
+        return best, counts.get(best, 0)
+
+    async def pages(self, host: str, layout: bytes, keys: Sequence[bytes]) -> list[PageCopy]:
+        handle = self.hosts.get(host)
+        if handle is None:
+            return []
+        return await _call(asyncio.wait_for(_awaited(handle.pages.remote(layout, keys)), PAGES_TIMEOUT_S)) or []
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
+
+
+async def _call(answer: Any) -> Any:
+    """What a host answers; None if it is gone or takes too long."""
+    try:
+        return await answer
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        logger.debug("A KV host does not answer: %s", error)
+        return None
+
+
+def resolve(config: KVTierConfig) -> HostConfig:
+    """The configuration in numbers, on the node that it is for."""
+    memory = int(available_bytes() * AUTO_SHARE) if config.memory == "auto" else config.memory
+    return HostConfig(memory, config.disk, config.disk_size)
+
+
+def start_hosts(application: str, config: KVTierConfig) -> dict[str, Any]:
+    """The handle of the host of every living node, by node id; starts those that are missing.
+
+    They are detached, so that they survive whoever calls this: that one renews them, and ends them by `end_hosts`.
+    """
+    return {
+        node["NodeID"]: ray.remote(KVHostActor)
+        .options(
+            name=f"kv-host:{application}:{node['NodeID']}",
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        )
+        .remote(str(_directory(application, node)), config)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+
+
+async def end_hosts(keeper: int, hosts: Sequence[Any]) -> None:
+    """Ends those hosts that nobody but `keeper` wants, with all they keep in memory."""
+    ended = await asyncio.gather(*(_call(_awaited(host.end.remote(keeper))) for host in hosts))
+    for host, has_ended in zip(hosts, ended, strict=True):
+        if has_ended:
+            ray.kill(host, no_restart=True)
+
+
+def host_socket(application: str) -> Path:
+    """Where the host of this process's node listens, or will."""
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    return _directory(application, node) / SOCKET_NAME
+
+
+def find_host(application: str) -> Path | None:
+    """The socket of the host of this process's node; None if there is none."""
+    socket = host_socket(application)
+    return socket if socket.exists() else None
+
+
+def _directory(application: str, node: Mapping[str, Any]) -> Path:
+    """A directory of one application on one node: among Ray's own sockets, and gone with them."""
+    name = "kv-" + hashlib.blake2b(f"{application}:{node['NodeID']}".encode(), digest_size=4).hexdigest()
+    directory = Path(node["RayletSocketName"]).parent / name
+    if len(str(directory / SOCKET_NAME)) > _MAX_SOCKET_PATH:
+        return Path(tempfile.gettempdir()) / f"manta-{name}"
+    return directory

@@ -1,0 +1,121 @@
+"""Keeps a KV host on every node while the application lives, as Serve runs it, and reports what the hosts do.
+
+Owns the lease of the hosts. They survive a crash of this process, which Serve replaces: the next one takes them over.
+They end with the application: Serve lets this one say goodbye, and if it cannot, the lease runs out.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import KVTierConfig
+from cluster.kv.stats import HostStats
+from cluster.kv_host import end_hosts, start_hosts
+from deployments.logs import configure_logging
+from deployments.metrics_push import MetricsPusher
+from monitoring.recorder import Delta, Recorder
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 1.0
+ANSWER_TIMEOUT_S = 10.0
+"""For a host to answer; one that starts again after a crash reads its disk first."""
+_NODE_LABEL = 12
+"""Characters of a node's id: enough to tell nodes apart."""
+
+_TOTALS = {
+    "manta:kv_host_evictions_total": "evictions_total",
+    "manta:kv_host_demotions_total": "demotions_total",
+    "manta:kv_host_promotions_total": "promotions_total",
+    "manta:kv_host_pages_received_total": "received_total",
+    "manta:kv_host_pages_served_total": "served_total",
+    "manta:kv_host_pages_corrupt_total": "corrupt_total",
+    "manta:kv_host_disk_errors_total": "disk_errors_total",
+}
+_GAUGES = {
+    "manta:kv_host_memory_bytes": "memory_bytes",
+    "manta:kv_host_memory_pages": "memory_pages",
+    "manta:kv_host_disk_bytes": "disk_bytes",
+    "manta:kv_host_disk_pages": "disk_pages",
+    "manta:kv_host_clients": "clients",
+}
+
+
+class HostMeter:
+    """Turns the snapshots of all hosts into gauges and increments."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._last: dict[str, HostStats] = {}
+
+    def update(self, node: str, stats: HostStats) -> None:
+        """Records what changed at one host since its previous snapshot, the first of which counts for nothing."""
+        last = self._last.get(node, stats)
+        self._last[node] = stats
+        for name, field in _GAUGES.items():
+            self._recorder.set(name, getattr(stats, field), (node,))
+        for name, field in _TOTALS.items():
+            now, before = getattr(stats, field), getattr(last, field)
+            # A host that was started again counts from 0.
+            if grown := now - before if now >= before else now:
+                self._recorder.increment(name, grown, (node,))
+
+    def forget(self, node: str) -> None:
+        """The node is gone."""
+        if self._last.pop(node, None) is not None:
+            for name in _GAUGES:
+                self._recorder.unset(name, (node,))
+
+
+class KVHosts:
+    """The keeper of the application's KV hosts."""
+
+    # Serve awaits the constructor of a deployment, which Python's typing does not know of.
+    async def __init__(self, config: KVTierConfig, hub: DeploymentHandle) -> None:  # type: ignore[misc]
+        """Returns once every node has been given its host, which may not listen yet."""
+        configure_logging("kv hosts")
+        self._config = config
+        self._application = serve.get_replica_context().app_name
+        self._keeper = time.time_ns()
+        self._hosts: dict[str, Any] = {}
+        recorder = Recorder()
+        self._meter = HostMeter(recorder)
+        push = hub.options(method_name="push")
+
+        async def send(delta: Delta) -> None:
+            await push.remote(f"kv-hosts-{self._keeper}/{os.getpid()}", delta)
+
+        self._hosts = await asyncio.to_thread(start_hosts, self._application, config)
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._keep()), loop.create_task(MetricsPusher(recorder, send).run())]
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                self._hosts = await asyncio.to_thread(start_hosts, self._application, self._config)
+                await asyncio.gather(*(self._renew(node) for node in self._hosts))
+            except Exception:
+                logger.exception("The KV hosts cannot be looked after")
+            await asyncio.sleep(PERIOD_S)
+
+    async def _renew(self, node: str) -> None:
+        others = {name: host for name, host in self._hosts.items() if name != node}
+        label = node[:_NODE_LABEL]
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                self._meter.update(label, await self._hosts[node].renew.remote(self._keeper, self._config, others))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            self._meter.forget(label)
+            logger.debug("The KV host of node %s does not answer: %s", label, error)
+
+    async def __del__(self) -> None:
+        # Serve awaits this at the end of a graceful shutdown.
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        await end_hosts(self._keeper, list(self._hosts.values()))

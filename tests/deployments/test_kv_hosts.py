@@ -1,0 +1,38 @@
+"""What the keeper of KV hosts makes of their snapshots."""
+
+from dataclasses import replace
+
+from cluster.kv.stats import HostStats
+from deployments.kv_hosts import HostMeter
+from monitoring.recorder import Recorder
+from monitoring.store import MetricsStore
+
+NONE = HostStats(*[0] * 12)
+EVICTIONS = "manta:kv_host_evictions_total"
+PAGES = "manta:kv_host_memory_pages"
+
+
+def test_counters_grow_by_what_happened_since_the_last_look_and_survive_restarts() -> None:
+    recorder = Recorder()
+    meter = HostMeter(recorder)
+    meter.update("a", replace(NONE, evictions_total=100))
+    assert not recorder.drain().counters, "what happened before this keeper was counted by the one before"
+    meter.update("a", replace(NONE, evictions_total=107))
+    assert recorder.drain().counters == {(EVICTIONS, ("a",)): 7}
+    meter.update("a", replace(NONE, evictions_total=2))
+    assert recorder.drain().counters == {(EVICTIONS, ("a",)): 2}, "the host was started again"
+
+
+def test_nodes_are_told_apart_and_gone_ones_show_nothing() -> None:
+    recorder, store = Recorder(), MetricsStore("tiny")
+    meter = HostMeter(recorder)
+    for node, pages in (("a", 3), ("b", 5)):
+        meter.update(node, replace(NONE, memory_pages=pages))
+    store.push("keeper", recorder.drain())
+    exposition = store.render().decode()
+    assert f'{PAGES}{{model_name="tiny",node="a"}} 3.0' in exposition
+    assert f'{PAGES}{{model_name="tiny",node="b"}} 5.0' in exposition
+    meter.forget("a")
+    store.push("keeper", recorder.drain())
+    exposition = store.render().decode()
+    assert 'node="a"' not in exposition and 'node="b"' in exposition
