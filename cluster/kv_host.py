@@ -161,7 +161,7 @@ def start_hosts(application: str, config: KVTierConfig) -> dict[str, Any]:
             max_restarts=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         )
-        .remote(str(_directory(application, node)), config)
+        .remote(str(host_directory(application, node)), config)
         for node in ray.nodes()
         if node["Alive"]
     }
@@ -179,7 +179,7 @@ def host_socket(application: str) -> Path:
     """Where the host of this process's node listens, or will."""
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
-    return _directory(application, node) / SOCKET_NAME
+    return host_directory(application, node) / SOCKET_NAME
 
 
 def find_host(application: str) -> Path | None:
@@ -188,7 +188,7 @@ def find_host(application: str) -> Path | None:
     return socket if socket.exists() else None
 
 
-def _directory(application: str, node: Mapping[str, Any]) -> Path:
+def host_directory(application: str, node: Mapping[str, Any]) -> Path:
     """A directory of one application on one node: among Ray's own sockets, and gone with them."""
     name = "kv-" + hashlib.blake2b(f"{application}:{node['NodeID']}".encode(), digest_size=4).hexdigest()
     directory = Path(node["RayletSocketName"]).parent / name
