@@ -8,7 +8,7 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from deployments.streams.messages import Answer, Growth, Kept, Opened, Report, StreamSpec
@@ -27,6 +27,7 @@ OPENING_S = 1.0
 KEEP_UNSENT_S = 60.0
 """How long a complete answer waits here for a store that is away."""
 MAX_UNSENT_CLOSED = 10_000
+MAX_OPENED_BYTES = 16 * 2**20
 MAX_ADOPTED = 64
 """Orphans taken on at once."""
 
@@ -164,8 +165,7 @@ class StreamKeeper:
         self._urgent.clear()
         now = self._clock()
         records = tuple(self._records.values())
-        new = {record.stream_id: record for record in records if record.num_sent is None}
-        opened = tuple(record.whole(now) for record in new.values())
+        opened = tuple(self._opened(records, now))
         grown = tuple(
             news for record in records if record.num_sent is not None and (news := record.news(now)) is not None
         )
@@ -175,7 +175,7 @@ class StreamKeeper:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 answer = await self._store.report(report)
         except Exception as error:
-            if not self._is_away:
+            if records and not self._is_away:
                 logger.warning("Streams are not kept for now: the store does not answer: %s", error)
             self._is_away = True
             self._closed = (closed + self._closed)[-MAX_UNSENT_CLOSED:]
@@ -187,6 +187,17 @@ class StreamKeeper:
         named = {record.stream_id: record for record in records}
         self._settle(answer, report, named)
         return answer.orphans
+
+    def _opened(self, records: Sequence[Record], now: float) -> Iterator[Opened]:
+        """Streams that the store does not know, as many as one call should carry: all of them after it was replaced."""
+        num_bytes = 0
+        for record in records:
+            if record.num_sent is None:
+                if num_bytes > MAX_OPENED_BYTES:
+                    self._urgent.set()
+                    return
+                num_bytes += record.spec.num_bytes + record.log.num_bytes
+                yield record.whole(now)
 
     def _settle(self, answer: Answer, report: Report, records: dict[str, Record]) -> None:
         for stream_id in answer.taken:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from deployments.streams.messages import Answer, Growth, Kept, Opened, Report, StreamSpec
 from deployments.streams.token_log import TokenLog
 
+MAX_HANDED_BYTES = 16 * 2**20
+"""Of orphans that one answer carries; the rest goes with the next."""
+
 
 @dataclass(slots=True)
 class _Row:
@@ -127,7 +130,11 @@ class StreamTable:
             for stream_id, row in self._rows.items()
             if row.finished is None and now - row.mentioned > self._lease_s
         ]
+        num_bytes = 0
         for stream_id, row in orphans[:room]:
+            if num_bytes > MAX_HANDED_BYTES:
+                return
+            num_bytes += row.num_bytes
             row.owner, row.attended, row.mentioned = owner, False, now
             yield row.kept(stream_id)
 
