@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import kill
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,12 @@ from deployments.text import TextModel
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 from tests.deployments.app.processes import below
+from tests.deployments.app.reconnecting import PATIENCE_S, Client
 from tests.deployments.fakes import token_at, write_fake_model
 
 ROOT = Path(__file__).parents[3]
 NUM_TOKENS = 800
 """Four seconds of the fake engine."""
-SILENCE_S = 2.0
-"""After which a client gives a connection up."""
-PATIENCE_S = 60.0
-HEAD_OF_A_CHUNK = re.compile(r'"created":\d+,')
 
 
 @dataclass
@@ -50,51 +47,6 @@ class Application:
         """What the fake engine generates."""
         request = Request("", tuple(self.text.encode(prompt)), SamplingParams())
         return self.text.decode([token_at(request, 0, index) for index in range(count)])
-
-
-@dataclass
-class Client:
-    """Reads one stream to its end, over as many connections as that takes."""
-
-    url: str
-    path: str
-    body: dict[str, Any]
-    name: str
-    data: list[str] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    connections: int = 0
-
-    async def run(self) -> "Client":
-        timeout = httpx.Timeout(SILENCE_S, connect=SILENCE_S)
-        deadline = time.monotonic() + PATIENCE_S
-        async with httpx.AsyncClient(base_url=self.url, timeout=timeout) as http:
-            while not self.data or self.data[-1] != "[DONE]":
-                assert time.monotonic() < deadline, f"{self.name} was not to be had again after {len(self.data)} events"
-                with contextlib.suppress(httpx.TransportError):
-                    await self._read(http)
-        return self
-
-    async def _read(self, http: httpx.AsyncClient) -> None:
-        self.connections += 1
-        if not self.ids:
-            asked = http.stream("POST", self.path, json=self.body, headers={"X-Request-Id": self.name})
-        else:
-            stream_id = self.ids[-1].partition(":")[0]
-            asked = http.stream("GET", f"/v1/streams/{stream_id}", headers={"Last-Event-ID": self.ids[-1]})
-        async with asked as response:
-            if response.status_code != 200:
-                assert response.status_code >= 500, (await response.aread()).decode()
-                await asyncio.sleep(0.2)
-                return
-            event_id = ""
-            async for line in response.aiter_lines():
-                if line.startswith("id: "):
-                    event_id = line[4:]
-                elif line.startswith("data: "):
-                    assert '"error"' not in line, line
-                    self.ids.append(event_id)
-                    # The second in which it was asked for differs from one time to the next.
-                    self.data.append(HEAD_OF_A_CHUNK.sub("", line[6:]))
 
 
 @pytest.fixture(scope="module")
