@@ -68,7 +68,7 @@ class Generation:
         failed = True
         try:
             if self._log:
-                async for piece in self._replay(self._log.copy()):
+                async for piece in self._replay(self._log):
                     yield piece
             if self._unfinished:
                 async with aclosing(self._emissions()) as emissions:

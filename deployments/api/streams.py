@@ -138,7 +138,7 @@ class Streams:
         # Everything of it has been counted when it was generated.
         uncounted = RequestMeter(Recorder(), clock=lambda: 0.0)
         answer = await self._rewrites[kept.spec.kind](self._service, record, uncounted)
-        events = _from(answer.events(), after)
+        events = self._from(answer, after)
         first = await anext(events, None)
         if first is None:
             return Response(status_code=204)  # Which tells browsers to stop reconnecting.
@@ -203,6 +203,15 @@ class Streams:
             else:
                 self._keeper.drop(record)
 
+    async def _from(self, answer: Answering, after: int) -> AsyncGenerator[bytes]:
+        """The events after number `after`."""
+        with self._service.admitted():
+            async with aclosing(answer.events()) as events:
+                numbers = count(1)
+                async for event in events:
+                    if next(numbers) > after:
+                        yield event
+
     async def _unkept(self, answer: Callable[[Record | None], Answering]) -> AsyncGenerator[bytes]:
         with self._service.admitted():
             async with aclosing(answer(None).events()) as events:
@@ -250,14 +259,6 @@ def _not_found() -> ApiError:
         param="stream_id",
         code="stream_not_found",
     )
-
-
-async def _from(events: AsyncGenerator[bytes], after: int) -> AsyncGenerator[bytes]:
-    numbers = count(1)
-    async with aclosing(events):
-        async for event in events:
-            if next(numbers) > after:
-                yield event
 
 
 async def _with_first(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

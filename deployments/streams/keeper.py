@@ -17,6 +17,8 @@ from deployments.streams.token_log import TokenLog
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.25
+LEAST_PERIOD_S = 0.02
+"""Between two reports of new streams: those that begin in between share one."""
 IDLE_PERIOD_S = 2.0
 """How often a gateway without streams asks for orphaned ones."""
 MENTION_S = 1.0
@@ -153,6 +155,7 @@ class StreamKeeper:
         while True:
             for orphan in await self._report(min(room(), MAX_ADOPTED)):
                 adopt(orphan)
+            await asyncio.sleep(LEAST_PERIOD_S)
             try:
                 busy = bool(self._records or self._closed)
                 async with asyncio.timeout(PERIOD_S if busy else IDLE_PERIOD_S):
