@@ -18,6 +18,7 @@ from deployments.kv_hosts import KVHosts
 from deployments.metrics_hub import MetricsHub
 from deployments.replica import EngineFactory, LLMReplica, load_engine
 from deployments.router_adapter import TokenRequestRouter
+from deployments.streams.store import StreamStore
 from engine.config import EngineConfig
 
 MAX_ONGOING_REQUESTS = 4096
@@ -52,7 +53,8 @@ def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
         .bind(engine, config.model_name, hub, engine_factory, hosts)
     )
     gateway = _deployment(serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0)
-    return gateway.bind(config.gateway, replicas, hub)
+    streams = _deployment(StreamStore, replicas=1, cpus=0).bind(config.gateway.streams, hub)
+    return gateway.bind(config.gateway, replicas, hub, streams)
 
 
 def _deployment(actor: type, *, replicas: int, cpus: float) -> Any:

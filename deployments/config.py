@@ -11,6 +11,19 @@ from cluster.config import KVTierConfig
 from engine.config import Auto, Config, EngineConfig
 
 
+class StreamsConfig(Config):
+    """Streamed answers that outlive their gateway."""
+
+    grace_s: float = Field(default=60.0, ge=0.0, le=86_400.0)
+    """How long a stream whose client is away goes on, and its answer is kept. 0: streams end with their connection."""
+    lease_s: float = Field(default=5.0, ge=2.0, le=600.0)
+    """How long a gateway may be silent before another one goes on with its streams."""
+    max_streams: int = Field(default=4096, ge=1)
+    """Streams kept at once, over all gateways."""
+    max_bytes: int = Field(default=256 * 2**20, ge=2**20)
+    """Memory for them."""
+
+
 class GatewayConfig(Config):
     """The HTTP side."""
 
@@ -22,6 +35,7 @@ class GatewayConfig(Config):
     """How long an interrupted stream waits for a replica that goes on with it."""
     max_queued_requests: int = Field(default=1024, ge=1)
     """Requests a gateway holds at once; more are refused with 429 and Retry-After."""
+    streams: StreamsConfig = StreamsConfig()
 
 
 class AppConfig(Config):

@@ -27,12 +27,15 @@ class Progress:
     """What has come of a request: all that another replica needs to go on with it."""
 
     def __init__(self, request: Request) -> None:
+        """`request` may go on from tokens that came elsewhere."""
         # Drawn here and not at the replica: the next one must draw the same.
         seed = secrets.randbits(63) if request.params.seed is None else request.params.seed
-        self._request = replace(request, params=request.params.model_copy(update={"seed": seed}))
-        self._tokens: list[list[int]] = [[] for _ in range(request.params.n)]
-        self._open = set(range(request.params.n))
-        self._num_scored = 0
+        params = request.params.model_copy(update={"seed": seed})
+        self._request = replace(request, params=params, given=(), num_scored=0)
+        given = request.given or ((),) * request.params.n
+        self._tokens: list[list[int]] = [list(tokens or ()) for tokens in given]
+        self._open = set(request.open_samples)
+        self._num_scored = request.num_scored
 
     @property
     def done(self) -> bool:

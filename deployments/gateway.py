@@ -17,6 +17,8 @@ from deployments.logs import configure_logging
 from deployments.metrics_push import MetricsPusher
 from deployments.ray_backend import RayBackend
 from deployments.serve_settings import missing_settings
+from deployments.streams.keeper import StreamKeeper
+from deployments.streams.store import StreamStoreHandle
 from deployments.version import installed_version
 from monitoring.recorder import Delta, Recorder
 
@@ -26,7 +28,9 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """Speaks the OpenAI API to clients and frames to replicas."""
 
-    def __init__(self, config: GatewayConfig, replicas: DeploymentHandle, hub: DeploymentHandle) -> None:
+    def __init__(
+        self, config: GatewayConfig, replicas: DeploymentHandle, hub: DeploymentHandle, streams: DeploymentHandle
+    ) -> None:
         configure_logging("gateway")
         self._config = config
         self._gateway_id = f"gateway-{secrets.token_hex(6)}"
@@ -40,6 +44,7 @@ class Gateway:
             timeout_s=config.continuation_timeout_s,
             count=lambda reason: self._recorder.increment("manta:request_continuations_total", labels=(reason,)),
         )
+        self._keeper = StreamKeeper(self._gateway_id, StreamStoreHandle(streams))
         self._pushing = asyncio.get_running_loop().create_task(self._pusher.run())
         missing = missing_settings()
         if missing:
@@ -48,7 +53,14 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an ingress whose application exists only once its deployment does."""
         # Serve answers with the request's id by itself.
-        return build_http(self._backend, self._config, self._recorder, installed_version(), echo_request_id=False)
+        return build_http(
+            self._backend,
+            self._config,
+            self._recorder,
+            installed_version(),
+            echo_request_id=False,
+            keeper=self._keeper,
+        )
 
     async def _send(self, delta: Delta) -> None:
         await self._push.remote(self._gateway_id, delta)

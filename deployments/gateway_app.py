@@ -3,7 +3,8 @@
 Knows no Ray: the Serve deployment around it is `deployments.gateway`, and the tests run it over a fake backend.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,20 +13,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from deployments.api import models
-from deployments.api.chat import create_chat_completion
-from deployments.api.completions import create_completion
+from deployments.api import chat, completions, models
 from deployments.api.connection import request_id_of
 from deployments.api.edge import Edge
 from deployments.api.errors import explain
 from deployments.api.schema import Body, ChatRequest, CompletionRequest
 from deployments.api.service import Service
+from deployments.api.streams import Rewrite, Streams
 from deployments.backend import Backend
 from deployments.config import GatewayConfig
+from deployments.streams.keeper import StreamKeeper
 from deployments.text import TextModel
 from monitoring.recorder import Recorder
 
 _SCHEMAS = "#/components/schemas/"
+_REWRITES: dict[str, Rewrite] = {chat.KIND: chat.rewrite_chat, completions.KIND: completions.rewrite_completion}
 _Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -37,31 +39,46 @@ def build_http(
     *,
     load_text: Callable[[str], TextModel] = TextModel.load,
     echo_request_id: bool = True,
+    keeper: StreamKeeper | None = None,
 ) -> FastAPI:
     """The application.
 
     `load_text` reads the tokenizer of the model directory that the backend's card names. `echo_request_id` is False
-    behind a server that answers with X-Request-Id itself, as Ray Serve does: the header would come twice.
+    behind a server that answers with X-Request-Id itself, as Ray Serve does: the header would come twice. `keeper`
+    keeps streamed answers for clients that come back; without one they end with their connection.
     """
     service = Service(backend, config, recorder, load_text)
-    app = FastAPI(title="Manta", version=version, description="OpenAI-compatible language model serving")
+    streams = Streams(service, keeper if config.streams.grace_s > 0 else None, recorder, _REWRITES)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # A gateway without requests goes on with the streams of one that died.
+        streams.start()
+        yield
+
+    description = "OpenAI-compatible language model serving"
+    app = FastAPI(title="Manta", version=version, description=description, lifespan=lifespan)
     # Routing raises these inside; everything else reaches the outermost layer by itself.
     app.add_exception_handler(HTTPException, _on_http_exception)
-    _add_generation_routes(app, service)
+    _add_generation_routes(app, service, streams)
     _add_status_routes(app, service, version)
     app.add_middleware(Edge, recorder=recorder, echo_request_id=echo_request_id)
     return app
 
 
-def _add_generation_routes(app: FastAPI, service: Service) -> None:
-    async def chat_completions(request: Request) -> Response:
-        return await create_chat_completion(service, request)
+def _add_generation_routes(app: FastAPI, service: Service, streams: Streams) -> None:
+    async def create_chat_completion(request: Request) -> Response:
+        return await chat.create_chat_completion(service, streams, request)
 
-    async def completions(request: Request) -> Response:
-        return await create_completion(service, request)
+    async def create_completion(request: Request) -> Response:
+        return await completions.create_completion(service, streams, request)
 
-    _post(app, "/v1/chat/completions", chat_completions, ChatRequest)
-    _post(app, "/v1/completions", completions, CompletionRequest)
+    async def resume_stream(request: Request) -> Response:
+        return await streams.resume(request)
+
+    _post(app, "/v1/chat/completions", create_chat_completion, ChatRequest)
+    _post(app, "/v1/completions", create_completion, CompletionRequest)
+    app.add_api_route("/v1/streams/{stream_id}", resume_stream, methods=["GET"], response_class=Response)
     _document(app, ChatRequest, CompletionRequest)
 
 

@@ -162,6 +162,30 @@ _METRICS = (
         initial=(("lost",), ("moved",)),
     ),
     Metric(
+        "manta:resumed_streams_total",
+        "Count of streams whose client came back for the rest.",
+        Kind.COUNTER,
+        Owner.GATEWAY,
+    ),
+    Metric(
+        "manta:adopted_streams_total",
+        "Count of streams that went on at another gateway because theirs had fallen silent.",
+        Kind.COUNTER,
+        Owner.GATEWAY,
+    ),
+    Metric(
+        "manta:stream_journal_bytes",
+        "Memory of the streams that are kept outside their gateways, estimated.",
+        Kind.GAUGE,
+        Owner.GATEWAY,
+    ),
+    Metric(
+        "manta:stream_journal_streams",
+        "Number of streams that are kept outside their gateways.",
+        Kind.GAUGE,
+        Owner.GATEWAY,
+    ),
+    Metric(
         "manta:time_to_first_token_seconds",
         "Histogram of time from a request's arrival to its first token in seconds.",
         Kind.HISTOGRAM,

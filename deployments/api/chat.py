@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: conversations in, OpenAI's chat completions or chunks of them out."""
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -11,34 +10,49 @@ from starlette.responses import Response
 from deployments.api.connection import read_body, request_id_of, unless_disconnected
 from deployments.api.envelope import Chunks, dumps, extras, finite, prompt_logprobs_json, quoted, usage_json
 from deployments.api.generation import Generation, whole
+from deployments.api.meter import RequestMeter
 from deployments.api.params import chat_params, check, text_options
 from deployments.api.schema import ChatRequest
 from deployments.api.service import Served, Service
-from deployments.api.sse import EventStream
+from deployments.api.streams import Answering, Streams
 from deployments.samples import Piece
+from deployments.streams.keeper import Record
+from deployments.streams.messages import StreamSpec
 from deployments.text import TextModel
 from engine.batch import TokenLogprob
 from engine.sequence import Request
 
+KIND = "chat"
 
-async def create_chat_completion(service: Service, http: HttpRequest) -> Response:
+
+async def create_chat_completion(service: Service, streams: Streams, http: HttpRequest) -> Response:
     """Answers one conversation. Raises what `errors.describe` knows, as long as nothing has been sent."""
     meter = service.meter()
-    body = ChatRequest.model_validate_json(await read_body(http, service.config.max_body_bytes))
+    raw = await read_body(http, service.config.max_body_bytes)
+    body = ChatRequest.model_validate_json(raw)
     service.note_unknown_fields(body)
     served = await service.model(body.model)
     prompt = await _prompt(body, served)
-    answer_id = f"chatcmpl-{request_id_of(http.scope)}"
-    request = Request(answer_id, tuple(prompt), chat_params(body), body.priority or 0, body.cache_salt)
+    spec = StreamSpec.draw(KIND, raw, [prompt], body.seed, f"chatcmpl-{request_id_of(http.scope)}")
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    check(request, served.card, {"prompt": "messages", "max_tokens": limit})
-    generation = Generation(service.backend, served.text, [request], text_options(body), meter)
-    writer = _Writer(body, served, generation, answer_id)
+    check(_request(body, spec), served.card, {"prompt": "messages", "max_tokens": limit})
     if body.stream:
-        return EventStream(writer.events(service))
+        return streams.respond(http.headers, spec, lambda record: _Writer(service, served, body, spec, meter, record))
+    writer = _Writer(service, served, body, spec, meter)
     with service.admitted():
-        pieces = await unless_disconnected(http.receive, whole(generation))
+        pieces = await unless_disconnected(http.receive, whole(writer.generation))
     return Response(dumps(writer.completion(pieces)), media_type="application/json")
+
+
+async def rewrite_chat(service: Service, record: Record, meter: RequestMeter) -> Answering:
+    """The answer to a conversation that began elsewhere. Raises NotReady, or ApiError if its model is not served."""
+    body = ChatRequest.model_validate_json(record.spec.body)
+    return _Writer(service, await service.model(body.model), body, record.spec, meter, record)
+
+
+def _request(body: ChatRequest, spec: StreamSpec) -> Request:
+    params = chat_params(body).model_copy(update={"seed": spec.seeds[0]})
+    return Request(spec.answer_id, tuple(spec.prompts[0]), params, body.priority or 0, body.cache_salt)
 
 
 async def _prompt(body: ChatRequest, served: Served) -> list[int]:
@@ -57,29 +71,41 @@ async def _prompt(body: ChatRequest, served: Served) -> list[int]:
 class _Writer:
     """Writes one answer, whole or in chunks."""
 
-    def __init__(self, body: ChatRequest, served: Served, generation: Generation, answer_id: str) -> None:
+    def __init__(
+        self,
+        service: Service,
+        served: Served,
+        body: ChatRequest,
+        spec: StreamSpec,
+        meter: RequestMeter,
+        record: Record | None = None,
+    ) -> None:
+        """`record`: of the stream, if it is kept."""
         self._body = body
         self._text = served.text
-        self._generation = generation
-        self._id = answer_id
-        self._created = int(time.time())
+        self._spec = spec
+        self._stream_id = None if record is None else record.stream_id
+        log = None if record is None else record.log
+        self.generation = Generation(
+            service.backend, served.text, [_request(body, spec)], text_options(body), meter, log
+        )
         self._model = served.card.name
         self._with_ids = bool(body.return_token_ids)
 
     def _identity(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self._spec.answer_id, "object": kind, "created": self._spec.created, "model": self._model}
 
     def completion(self, pieces: list[Piece]) -> dict[str, Any]:
         """The whole answer; one piece per choice."""
-        prompt = self._generation.requests[0].prompt_token_ids
+        prompt = self.generation.requests[0].prompt_token_ids
         answer: dict[str, Any] = {
             **self._identity("chat.completion"),
             "choices": [self._choice(piece) for piece in pieces],
-            "usage": usage_json(self._generation.usage),
+            "usage": usage_json(self.generation.usage),
         }
         if self._body.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs_json(
-                self._text, prompt, self._generation.prompt_logprobs[0], self._body.prompt_logprobs
+                self._text, prompt, self.generation.prompt_logprobs[0], self._body.prompt_logprobs
             )
         if self._with_ids:
             answer["prompt_token_ids"] = prompt
@@ -94,22 +120,23 @@ class _Writer:
             **extras(piece, self._with_ids),
         }
 
-    async def events(self, service: Service) -> AsyncGenerator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The framed events, [DONE] included; the first one comes with the first token."""
-        body, generation = self._body, self._generation
-        chunks = Chunks(self._identity("chat.completion.chunk"), body.stream_options, lambda: generation.usage)
+        generation = self.generation
+        identity = self._identity("chat.completion.chunk")
+        chunks = Chunks(identity, self._body.stream_options, lambda: generation.usage, self._stream_id)
         opened: set[int] = set()
-        with service.admitted():
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    if piece.index not in opened:
-                        opened.add(piece.index)
-                        yield chunks.chunk(self._role(piece.index))
-                    if piece.text or piece.logprobs or (self._with_ids and piece.token_ids):
-                        yield chunks.chunk(self._delta(piece))
-                    if piece.finish_reason is not None:
-                        yield chunks.chunk(_end(piece))
-            yield chunks.end()
+        async with aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                if piece.index not in opened:
+                    opened.add(piece.index)
+                    yield chunks.chunk(self._role(piece.index))
+                if piece.text or piece.logprobs or (self._with_ids and piece.token_ids):
+                    yield chunks.chunk(self._delta(piece))
+                if piece.finish_reason is not None:
+                    yield chunks.chunk(_end(piece))
+        for event in chunks.end():
+            yield event
 
     def _role(self, index: int) -> str:
         choice: dict[str, Any] = {
@@ -119,7 +146,7 @@ class _Writer:
             "finish_reason": None,
         }
         if self._with_ids:
-            choice["prompt_token_ids"] = self._generation.requests[0].prompt_token_ids
+            choice["prompt_token_ids"] = self.generation.requests[0].prompt_token_ids
         return dumps(choice)
 
     def _delta(self, piece: Piece) -> str:

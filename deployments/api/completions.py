@@ -1,7 +1,6 @@
 """POST /v1/completions: texts or token ids in, continuations out; with echo, the scoring of given texts as well."""
 
-import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -12,39 +11,67 @@ from starlette.responses import Response
 from deployments.api.connection import read_body, request_id_of, unless_disconnected
 from deployments.api.envelope import Chunks, dumps, extras, finite, prompt_logprobs_json, quoted, usage_json
 from deployments.api.generation import Generation, whole
+from deployments.api.meter import RequestMeter
 from deployments.api.params import check, completion_params, text_options
 from deployments.api.schema import CompletionRequest
 from deployments.api.service import Served, Service
-from deployments.api.sse import EventStream
+from deployments.api.streams import Answering, Streams
 from deployments.journal import Usage
+from deployments.messages import ModelCard
 from deployments.samples import Piece
+from deployments.streams.keeper import Record
+from deployments.streams.messages import StreamSpec
 from deployments.text import TextModel
 from engine.batch import TokenLogprob
 from engine.sequence import Request
 
+KIND = "completions"
 
-async def create_completion(service: Service, http: HttpRequest) -> Response:
+
+async def create_completion(service: Service, streams: Streams, http: HttpRequest) -> Response:
     """Continues every prompt. Raises what `errors.describe` knows, as long as nothing has been sent."""
     meter = service.meter()
-    body = CompletionRequest.model_validate_json(await read_body(http, service.config.max_body_bytes))
+    raw = await read_body(http, service.config.max_body_bytes)
+    body = CompletionRequest.model_validate_json(raw)
     service.note_unknown_fields(body)
     served = await service.model(body.model)
     prompts = [await _token_ids(prompt, body, served) for prompt in body.prompt]
-    params = completion_params(body, served.card.max_model_len - max(map(len, prompts)))
     answer_id = f"cmpl-{request_id_of(http.scope)}"
-    requests = [
-        Request(f"{answer_id}-{number}", tuple(prompt), params, body.priority or 0, body.cache_salt)
-        for number, prompt in enumerate(prompts)
-    ]
-    for number, request in enumerate(requests):
-        check(request, served.card, {"prompt": f"prompt[{number}]"} if len(requests) > 1 else {})
-    generation = Generation(service.backend, served.text, requests, text_options(body), meter)
-    writer = _Writer(body, served, generation, answer_id)
+    for number, request in enumerate(_requests(body, answer_id, prompts, [body.seed] * len(prompts), served.card)):
+        check(request, served.card, {"prompt": f"prompt[{number}]"} if len(prompts) > 1 else {})
+    spec = StreamSpec.draw(KIND, raw, prompts, body.seed, answer_id)
     if body.stream:
-        return EventStream(writer.events(service))
+        return streams.respond(http.headers, spec, lambda record: _Writer(service, served, body, spec, meter, record))
+    writer = _Writer(service, served, body, spec, meter)
     with service.admitted():
-        pieces = await unless_disconnected(http.receive, whole(generation))
+        pieces = await unless_disconnected(http.receive, whole(writer.generation))
     return Response(dumps(writer.completion(pieces)), media_type="application/json")
+
+
+async def rewrite_completion(service: Service, record: Record, meter: RequestMeter) -> Answering:
+    """The continuation of prompts that began elsewhere. Raises NotReady, or ApiError if the model is not served."""
+    body = CompletionRequest.model_validate_json(record.spec.body)
+    return _Writer(service, await service.model(body.model), body, record.spec, meter, record)
+
+
+def _requests(
+    body: CompletionRequest,
+    answer_id: str,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int | None],
+    card: ModelCard,
+) -> list[Request]:
+    params = completion_params(body, card.max_model_len - max(map(len, prompts)))
+    return [
+        Request(
+            f"{answer_id}-{number}",
+            tuple(prompt),
+            params.model_copy(update={"seed": seed}),
+            body.priority or 0,
+            body.cache_salt,
+        )
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
 
 
 async def _token_ids(prompt: str | list[int], body: CompletionRequest, served: Served) -> list[int]:
@@ -56,14 +83,26 @@ async def _token_ids(prompt: str | list[int], body: CompletionRequest, served: S
 class _Writer:
     """Writes one answer, whole or in chunks."""
 
-    def __init__(self, body: CompletionRequest, served: Served, generation: Generation, answer_id: str) -> None:
+    def __init__(
+        self,
+        service: Service,
+        served: Served,
+        body: CompletionRequest,
+        spec: StreamSpec,
+        meter: RequestMeter,
+        record: Record | None = None,
+    ) -> None:
+        """`record`: of the stream, if it is kept."""
         self._body = body
         self._text = served.text
-        self._generation = generation
+        self._stream_id = None if record is None else record.stream_id
+        log = None if record is None else record.log
+        requests = _requests(body, spec.answer_id, spec.prompts, spec.seeds, served.card)
+        self.generation = Generation(service.backend, served.text, requests, text_options(body), meter, log)
         self._identity = {
-            "id": answer_id,
+            "id": spec.answer_id,
             "object": "text_completion",
-            "created": int(time.time()),
+            "created": spec.created,
             "model": served.card.name,
         }
         self._with_ids = bool(body.return_token_ids)
@@ -72,7 +111,7 @@ class _Writer:
 
     @property
     def usage(self) -> Usage:
-        usage = self._generation.usage
+        usage = self.generation.usage
         return replace(usage, completion_tokens=0) if self._scoring else usage
 
     def completion(self, pieces: list[Piece]) -> dict[str, Any]:
@@ -83,21 +122,21 @@ class _Writer:
             "usage": usage_json(self.usage),
         }
 
-    async def events(self, service: Service) -> AsyncGenerator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The framed events, [DONE] included; the first one comes with the first token."""
-        body, generation = self._body, self._generation
-        chunks = Chunks(self._identity, body.stream_options, lambda: self.usage)
+        body = self._body
+        chunks = Chunks(self._identity, body.stream_options, lambda: self.usage, self._stream_id)
         opened: set[int] = set()
-        with service.admitted():
-            async with aclosing(generation.pieces()) as pieces:
-                async for piece in pieces:
-                    first = piece.index not in opened
-                    opened.add(piece.index)
-                    if first and (body.echo or self._with_ids):
-                        yield chunks.chunk(dumps(self._choice(piece, first=True)))
-                    elif piece.text or piece.finish_reason or piece.logprobs or self._with_ids:
-                        yield chunks.chunk(self._delta(piece))
-            yield chunks.end()
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for piece in pieces:
+                first = piece.index not in opened
+                opened.add(piece.index)
+                if first and (body.echo or self._with_ids):
+                    yield chunks.chunk(dumps(self._choice(piece, first=True)))
+                elif piece.text or piece.finish_reason or piece.logprobs or self._with_ids:
+                    yield chunks.chunk(self._delta(piece))
+        for event in chunks.end():
+            yield event
 
     def _delta(self, piece: Piece) -> str:
         """A choice of a chunk; the plain case, which is almost every token, is written by hand."""
@@ -117,8 +156,8 @@ class _Writer:
             rows = _Logprobs(self._text, body.logprobs)
             if body.echo and first:
                 rows.add_prompt(
-                    self._generation.requests[number].prompt_token_ids,
-                    self._generation.prompt_logprobs[number],
+                    self.generation.requests[number].prompt_token_ids,
+                    self.generation.prompt_logprobs[number],
                     self._skip_special,
                 )
             rows.add(piece.logprobs, (offset + len(echo) for offset in piece.offsets))
@@ -135,11 +174,11 @@ class _Writer:
         return choice
 
     def _about_prompt(self, number: int) -> dict[str, Any]:
-        prompt = self._generation.requests[number].prompt_token_ids
+        prompt = self.generation.requests[number].prompt_token_ids
         about: dict[str, Any] = {}
         if self._body.prompt_logprobs is not None:
             about["prompt_logprobs"] = prompt_logprobs_json(
-                self._text, prompt, self._generation.prompt_logprobs[number], self._body.prompt_logprobs
+                self._text, prompt, self.generation.prompt_logprobs[number], self._body.prompt_logprobs
             )
         if self._with_ids:
             about["prompt_token_ids"] = prompt

@@ -4,7 +4,7 @@ A chunk is a constant head, a choice, and a constant tail; only the choice is en
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -14,7 +14,7 @@ from deployments.samples import Piece
 from deployments.text import TextModel
 from engine.batch import TokenLogprob
 
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; OpenAI writes this."""
 
@@ -40,26 +40,42 @@ def usage_json(usage: Usage) -> dict[str, Any]:
 
 
 class Chunks:
-    """Encodes the chunks of one streamed answer."""
+    """Encodes the events of one streamed answer, numbered from 1 if a client may come back for the rest."""
 
-    def __init__(self, identity: dict[str, Any], options: StreamOptions | None, usage: Callable[[], Usage]) -> None:
+    def __init__(
+        self,
+        identity: dict[str, Any],
+        options: StreamOptions | None,
+        usage: Callable[[], Usage],
+        stream_id: str | None = None,
+    ) -> None:
         """`identity`: id, object, created and model, as they stand in every chunk. `usage` tells the usage so far."""
         self._include_usage = options is not None and bool(options.include_usage)
         self._continuous = self._include_usage and options is not None and bool(options.continuous_usage_stats)
         self._head = "data: " + dumps(identity)[:-1] + ',"choices":['
         self._tail = '],"usage":null}\n\n' if self._include_usage else "]}\n\n"
         self._usage = usage
+        self._stream_id = stream_id
+        self._num_events = 0
 
     def chunk(self, choice: str) -> bytes:
         """One event with one choice, given as JSON."""
-        return self._with_usage(choice) if self._continuous else (self._head + choice + self._tail).encode("ascii")
+        return self._with_usage(choice) if self._continuous else self._event(self._head + choice + self._tail)
 
-    def end(self) -> bytes:
+    def end(self) -> Iterator[bytes]:
         """What ends the stream: the usage in an event without choices, if the client asked for it, and [DONE]."""
-        return (self._with_usage("") if self._include_usage else b"") + DONE
+        if self._include_usage:
+            yield self._with_usage("")
+        yield self._event(DONE)
 
     def _with_usage(self, choice: str) -> bytes:
-        return (f'{self._head}{choice}],"usage":{dumps(usage_json(self._usage()))}}}\n\n').encode("ascii")
+        return self._event(f'{self._head}{choice}],"usage":{dumps(usage_json(self._usage()))}}}\n\n')
+
+    def _event(self, data: str) -> bytes:
+        if self._stream_id is None:
+            return data.encode("ascii")
+        self._num_events += 1
+        return f"id: {self._stream_id}:{self._num_events}\n{data}".encode("ascii")
 
 
 def extras(piece: Piece, return_token_ids: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class RequestMeter:
         self._last: dict[int, float] = {}
         self._num_tokens: dict[int, int] = {}
         self._unfinished: set[int] = set()
+        self._is_resumed = False
 
     def submitted(self, requests: tuple[Request, ...]) -> None:
         """The requests are valid and on their way to the backend."""
@@ -30,6 +31,20 @@ class RequestMeter:
         for request in requests:
             self._recorder.observe("manta:request_prompt_tokens", len(request.prompt_token_ids))
 
+    def resumed(self, requests: tuple[Request, ...]) -> None:
+        """The requests go on from what came at another gateway, which has observed what was to be observed then."""
+        self._unfinished = set(range(len(requests) * requests[0].params.n))
+        self._is_resumed = True
+
+    def replayed(self, choice: int, count: int) -> None:
+        """A choice had brought `count` more tokens there."""
+        self._first[choice] = self._last[choice] = self._clock()
+        self._num_tokens[choice] = self._num_tokens.get(choice, 0) + count
+
+    def ended_elsewhere(self, choice: int) -> None:
+        """A choice had ended there."""
+        self._unfinished.discard(choice)
+
     def tokens(self, choice: int, count: int) -> None:
         """A choice brought `count` tokens. Tokens that came together share the time since the previous ones."""
         now = self._clock()
@@ -37,7 +52,7 @@ class RequestMeter:
         if last is not None:
             self._recorder.observe("manta:inter_token_latency_seconds", (now - last) / count, times=count)
         else:
-            if not self._first:
+            if not self._first and not self._is_resumed:
                 self._recorder.observe("manta:time_to_first_token_seconds", now - self._arrival)
             self._first[choice] = now
         self._last[choice] = now
@@ -49,7 +64,7 @@ class RequestMeter:
         self._recorder.increment("manta:request_success_total", labels=(reason,))
         count = self._num_tokens.get(choice, 0)
         self._recorder.observe("manta:request_generation_tokens", count)
-        if count > 1:
+        if count > 1 and not self._is_resumed:
             mean = (self._last[choice] - self._first[choice]) / (count - 1)
             self._recorder.observe("manta:request_time_per_output_token_seconds", mean)
 
@@ -57,4 +72,5 @@ class RequestMeter:
         """The request is over; choices that did not finish were aborted, or failed with it."""
         for choice in tuple(self._unfinished):
             self.finished(choice, "error" if failed else "abort")
-        self._recorder.observe("manta:e2e_request_latency_seconds", self._clock() - self._arrival)
+        if not self._is_resumed:
+            self._recorder.observe("manta:e2e_request_latency_seconds", self._clock() - self._arrival)

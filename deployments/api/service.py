@@ -92,10 +92,14 @@ class Service:
         await self.served()
         return True
 
+    def room(self) -> int:
+        """Requests that would be taken now."""
+        return self.config.max_queued_requests - self._num_live
+
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """Room for one request while it lasts. Raises ApiError 429 when there is none."""
-        if self._num_live >= self.config.max_queued_requests:
+        if self.room() <= 0:
             raise ApiError(
                 429,
                 f"{self._num_live} requests are being served, and no more are taken at once; try again soon",

@@ -6,8 +6,9 @@ the stream ends, its source has been closed.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -29,8 +30,13 @@ def event(payload: bytes) -> bytes:
 class EventStream(Response):
     """A response that is written while it is made. `events` are framed already."""
 
-    def __init__(self, events: AsyncGenerator[bytes], keep_alive_s: float = KEEP_ALIVE_S) -> None:
-        super().__init__(headers=_HEADERS, media_type="text/event-stream")
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        keep_alive_s: float = KEEP_ALIVE_S,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(headers={**_HEADERS, **headers}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._events = events
         self._keep_alive_s = keep_alive_s

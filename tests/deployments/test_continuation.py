@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -97,6 +97,15 @@ def test_an_attempt_is_given_what_came_before_it_and_not_the_samples_that_finish
     rest = progress.rest()
     assert rest.given == ((7,), (), None) and rest.open_samples == (0, 1)
     assert not progress.done
+
+
+def test_a_request_that_had_begun_elsewhere_goes_on_from_there_every_time() -> None:
+    begun = replace(make_request(3, seed=5), given=((7,), None, ()), num_scored=2)
+    progress = Progress(begun)
+    assert progress.rest() == begun
+    progress.note(Emission("r", 0, (8,)))
+    progress.note(Emission("r", 2, (9,), finish_reason=FinishReason.LENGTH))
+    assert progress.rest() == replace(begun, given=((7, 8), None, None))
 
 
 def test_the_seed_is_drawn_once() -> None:

@@ -99,13 +99,16 @@ class FakeBackend:
 
     def _emissions(self, request: Request) -> Iterator[Emission]:
         params = request.params
-        if params.prompt_logprobs is not None:
+        if params.prompt_logprobs is not None and not request.num_scored:
             rest = tuple(logprob_of(token, params.prompt_logprobs) for token in request.prompt_token_ids[1:])
             half = len(rest) // 2
             yield Emission(request.request_id, 0, prompt_logprobs=rest[:half])
             yield Emission(request.request_id, 0, prompt_logprobs=rest[half:])
         answers = [self.script.answers[sample % len(self.script.answers)] for sample in range(params.n)]
-        streams = [self._stream(request, sample, answer) for sample, answer in enumerate(answers)]
+        streams = [self._stream(request, sample, answers[sample]) for sample in request.open_samples]
+        for sample, stream in zip(request.open_samples, streams, strict=True):
+            for _ in request.given[sample] or () if request.given else ():
+                next(stream)
         while streams:
             for stream in tuple(streams):
                 emission = next(stream)

@@ -1,4 +1,6 @@
-"""Runs the application over fake engines on a private Ray: `python -m tests.deployments.app.server MODEL_DIR PORT`.
+"""Runs the application over fake engines on a private Ray.
+
+`python -m tests.deployments.app.server MODEL_DIR PORT [GATEWAYS]`
 
 A process of its own, because Ray reads its settings once, when it is imported. Prints "ready" and serves until its
 standard input is closed; then everything it started ends.
@@ -13,7 +15,7 @@ from deployments.private_ray import PrivateRay
 from tests.deployments.fakes import build_fake_engine
 
 
-def main(model: str, port: int) -> None:
+def main(model: str, port: int, gateways: int = 1) -> None:
     ray = PrivateRay(num_cpus=2, dashboard=False)
     try:
         ray.start("127.0.0.1", port)
@@ -21,7 +23,13 @@ def main(model: str, port: int) -> None:
 
         from deployments.app import assemble
 
-        config = AppConfig.model_validate({"replicas": 2, "served_model_name": "fake", "engine": {"model": model}})
+        args = {
+            "replicas": 2,
+            "served_model_name": "fake",
+            "engine": {"model": model},
+            "gateway": {"replicas": gateways},
+        }
+        config = AppConfig.model_validate(args)
         serve.run(assemble(config, build_fake_engine))
         while not _answers(f"http://127.0.0.1:{port}/ready"):
             time.sleep(0.1)
@@ -40,4 +48,4 @@ def _answers(url: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,5 +1,6 @@
 """`manta serve` as a user runs it: a real model on a private Ray, Ctrl-C, and everything that can be wrong at start."""
 
+import asyncio
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from os import kill, killpg
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
@@ -22,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from deployments.private_ray import free_ports
 from tests.deployments.app.processes import below
+from tests.deployments.app.reconnecting import CREATED, Client
 from tests.deployments.fakes import write_fake_model
 
 COMMAND = [sys.executable, "-m", "deployments.cli.main", "serve"]
@@ -139,6 +142,67 @@ def test_serves_a_model_and_leaves_nothing_behind(server: tuple[Server, str], mo
     time.sleep(0.2)
     assert [command for pid, command in started.items() if _command_of(pid) == command] == []
     assert directories and not any(list(Path("/tmp").glob(name)) for name in directories)
+
+
+def test_the_built_in_model_ends_at_one_gateway_what_it_began_at_another() -> None:
+    with serving("--replicas", "2", "--gateways", "2") as (running, url):
+        running.wait_for("curl")
+        messages = [{"role": "user", "content": "Tell me a story about a cat."}]
+        base = {"model": "manta-tiny", "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+        base |= {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
+        ((story, _, _),) = text_of(asyncio.run(Client(url, "/v1/chat/completions", base, "first").run()))
+        kinds = {
+            "greedy": base,
+            "seeded": {**base, "temperature": 0.8, "n": 2, "seed": 7},
+            "logprobs": {**base, "logprobs": True, "top_logprobs": 2},
+            "stopped": {**base, "stop": ["no such words", story[len(story) * 2 // 3 :][:12]]},
+            "drawn": {**base, "temperature": 0.8, "n": 2},
+        }
+
+        def clients() -> list[Client]:
+            bodies = [(f"{kind}-{number}", body) for kind, body in kinds.items() for number in range(2)]
+            return [Client(url, "/v1/chat/completions", body, name) for name, body in bodies]
+
+        async def run(kill_one: bool) -> list[Client]:
+            asked = clients()
+            running_clients = [asyncio.create_task(client.run()) for client in asked]
+            if kill_one:
+                victim = gateways()[0]
+                while min(len(client.data) for client in asked) < 30:
+                    await asyncio.sleep(0.01)
+                kill(victim, signal.SIGKILL)
+            return list(await asyncio.gather(*running_clients))
+
+        def gateways() -> list[int]:
+            return [pid for pid, command in below(running.process.pid).items() if ":Gateway" in command]
+
+        wanted = {client.name: text_of(client) for client in asyncio.run(run(kill_one=False))}
+        assert len(wanted["stopped-0"][0][0]) < len(story) == len(wanted["greedy-0"][0][0])
+        done = asyncio.run(run(kill_one=True))
+        assert any(client.connections > 1 for client in done), "no stream was at the gateway that was killed"
+        for client in done:
+            if not client.name.startswith("drawn"):
+                assert text_of(client) == wanted[client.name]
+            numbers = [int(event_id.rpartition(":")[2]) for event_id in client.ids]
+            assert numbers == list(range(1, len(numbers) + 1))
+            if client.connections > 1:
+                # What is kept of it was generated in part again, from the seed that was drawn at first.
+                again = httpx.get(f"{url}/v1/streams/{client.ids[0].partition(':')[0]}", timeout=60).text.splitlines()
+                assert [CREATED.sub("", line[6:]) for line in again if line.startswith("data: ")] == client.data
+
+
+def text_of(client: Client) -> list[tuple[str | None, str | None, int | None]]:
+    """Text, end and completion tokens of each choice; logprobs are left out, for they may differ by rounding."""
+    found: dict[int, list[str]] = {}
+    ends: dict[int, str] = {}
+    usage = None
+    for chunk in map(json.loads, client.data[:-1]):
+        usage = (chunk.get("usage") or {}).get("completion_tokens", usage)
+        for choice in chunk["choices"]:
+            found.setdefault(choice["index"], []).append(choice["delta"].get("content") or "")
+            ends[choice["index"]] = choice["finish_reason"] or ends.get(choice["index"], "")
+    assert client.data[-1] == "[DONE]"
+    return [("".join(parts), ends[index], usage) for index, parts in sorted(found.items())]
 
 
 def test_the_built_in_model_answers_in_english_on_two_replicas_and_stops_by_itself() -> None:

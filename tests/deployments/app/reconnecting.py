@@ -1,0 +1,60 @@
+"""A client that does not give up: it reads a stream to its end, over as many connections as that takes."""
+
+import asyncio
+import contextlib
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+SILENCE_S = 2.0
+"""After which it gives a connection up."""
+PATIENCE_S = 60.0
+CREATED = re.compile(r'"created":\d+,')
+
+
+@dataclass
+class Client:
+    """One stream; `data` and `ids` are those of its events so far."""
+
+    url: str
+    path: str
+    body: dict[str, Any]
+    name: str
+    data: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    connections: int = 0
+
+    async def run(self) -> "Client":
+        timeout = httpx.Timeout(SILENCE_S, connect=SILENCE_S)
+        deadline = time.monotonic() + PATIENCE_S
+        async with httpx.AsyncClient(base_url=self.url, timeout=timeout) as http:
+            while not self.data or self.data[-1] != "[DONE]":
+                assert time.monotonic() < deadline, f"{self.name} was not to be had again after {len(self.data)} events"
+                with contextlib.suppress(httpx.TransportError):
+                    await self._read(http)
+        return self
+
+    async def _read(self, http: httpx.AsyncClient) -> None:
+        self.connections += 1
+        if not self.ids:
+            asked = http.stream("POST", self.path, json=self.body, headers={"X-Request-Id": self.name})
+        else:
+            stream_id = self.ids[-1].partition(":")[0]
+            asked = http.stream("GET", f"/v1/streams/{stream_id}", headers={"Last-Event-ID": self.ids[-1]})
+        async with asked as response:
+            if response.status_code != 200:
+                assert response.status_code >= 500, (await response.aread()).decode()
+                await asyncio.sleep(0.2)
+                return
+            event_id = ""
+            async for line in response.aiter_lines():
+                if line.startswith("id: "):
+                    event_id = line[4:]
+                elif line.startswith("data: "):
+                    assert '"error"' not in line, line
+                    self.ids.append(event_id)
+                    # The second in which it was asked for differs from one time to the next.
+                    self.data.append(CREATED.sub("", line[6:]))

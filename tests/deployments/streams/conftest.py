@@ -1,0 +1,8 @@
+"""Coroutines as tests, on asyncio."""
+
+import pytest
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
