@@ -208,7 +208,6 @@ class RayBackend:
             failure = f"replica {link.replica_id} is gone"
         except TimeoutError:
             failure = f"replica {link.replica_id} sent nothing for {SILENT_TICKS * TICK_S:.0f} s"
-            self._ledger.avoid(link.replica_id)
         except Exception as error:
             failure = f"the stream of replica {link.replica_id} broke: {error}"
         finally:
@@ -216,6 +215,8 @@ class RayBackend:
             if link.streams:
                 logger.warning("%d requests fail: %s", len(link.streams), failure)
                 self._ledger.forget(link.replica_id)
+                # Serve's router may list it for a while, and without debts it would come first.
+                self._ledger.avoid(link.replica_id)
             for stream in tuple(link.streams.values()):
                 stream.fail("the replica that served this request is gone")
 
