@@ -26,9 +26,10 @@ HEALTH_CHECK_PERIOD_S = 2.0
 """A replica that was killed is noticed within a period; Serve's default of 10 s is long to go without one."""
 HEALTH_CHECK_TIMEOUT_S = 10.0
 """Serve replaces a replica that misses three in a row: an event loop that is merely busy must not be taken for dead."""
-GRACEFUL_SHUTDOWN_S = 10.0
-"""How long requests may go on in a replica that is to go."""
+HUB_SHUTDOWN_S = 10.0
 GRACEFUL_SHUTDOWN_POLL_S = 0.5
+GATEWAY_SURGE_PERCENT = 100
+"""New gateways take requests before old ones take no more; they reserve nothing, so there is always room for them."""
 
 
 def build(args: AppConfig) -> Application:
@@ -43,25 +44,30 @@ def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
     neighbours = min(config.replicas, max(1, math.floor(max(cpus, default=share) / share)))
     engine = share_machine(config.engine, share, neighbours)
     # Each is given what it needs and no more: Serve replaces actors whose arguments have changed.
-    hub = _deployment(MetricsHub, replicas=1, cpus=0).bind(config.model_name)
+    hub = _deployment(MetricsHub, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.model_name)
     replicas = (
-        _deployment(LLMReplica, replicas=config.replicas, cpus=share)
+        _deployment(LLMReplica, replicas=config.replicas, cpus=share, drain_s=config.drain_timeout_s)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
         .bind(engine, config.model_name, hub, engine_factory)
     )
-    gateway = _deployment(serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0)
+    gateway = _deployment(
+        serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0, drain_s=config.gateway.drain_timeout_s
+    ).options(max_surge_percent=GATEWAY_SURGE_PERCENT)
     return gateway.bind(config.gateway, replicas, hub)
 
 
-def _deployment(actor: type, *, replicas: int, cpus: float) -> Any:
-    """A Serve deployment of `actor`. Gateways and hub reserve no CPU, so that they fit beside the replicas."""
+def _deployment(actor: type, *, replicas: int, cpus: float, drain_s: float) -> Any:
+    """A Serve deployment of `actor`, whose calls may go on for `drain_s` seconds once it is to end.
+
+    Gateways and hub reserve no CPU, so that they fit beside the replicas.
+    """
     return serve.deployment(actor).options(
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": cpus},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=GRACEFUL_SHUTDOWN_POLL_S,
     )
 

@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import GatewayConfig
 from deployments.continuation import ContinuingBackend
+from deployments.draining import DrainingBackend
 from deployments.gateway_app import build_http
 from deployments.logs import configure_logging
 from deployments.metrics_push import MetricsPusher
@@ -35,11 +36,12 @@ class Gateway:
         self._render = hub.options(method_name="render")
         self._pusher = MetricsPusher(self._recorder, self._send)
         replies = RayBackend(self._gateway_id, replicas, self._metrics)
-        self._backend = ContinuingBackend(
+        continuing = ContinuingBackend(
             replies,
             timeout_s=config.continuation_timeout_s,
             count=lambda reason: self._recorder.increment("manta:request_continuations_total", labels=(reason,)),
         )
+        self._backend = DrainingBackend(continuing, replies.end)
         self._pushing = asyncio.get_running_loop().create_task(self._pusher.run())
         missing = missing_settings()
         if missing:
@@ -49,6 +51,10 @@ class Gateway:
         """Serve's hook for an ingress whose application exists only once its deployment does."""
         # Serve answers with the request's id by itself.
         return build_http(self._backend, self._config, self._recorder, installed_version(), echo_request_id=False)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Takes no more requests; those that run after `timeout_s` end with an error. Returns how many those were."""
+        return await self._backend.drain(timeout_s)
 
     async def _send(self, delta: Delta) -> None:
         await self._push.remote(self._gateway_id, delta)

@@ -22,6 +22,12 @@ NODE_FAILURE = {
     "RAY_health_check_failure_threshold": "3",
 }
 
+DRAIN = {
+    # HAProxy replaces itself whenever a gateway comes or goes, and its old process ends what is left of its clients'
+    # streams after so many seconds: longer than a gateway may take to finish them. The default is 120.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
+}
+
 QUIET = {
     # The controller wakes ten times a second by default, which is most of what an idle application costs.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
