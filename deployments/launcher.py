@@ -5,6 +5,7 @@ it, an error, Ctrl-C or SIGTERM, no process and no directory is left behind. Ctr
 run finish first, for a while.
 """
 
+import asyncio
 import os
 import signal
 import socket
@@ -76,17 +77,23 @@ def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
 
 def _drain(timeout_s: float, say: Say) -> None:
     """Lets the requests that run finish, and has those that take longer end with an error; bounded in time."""
-    from ray import serve
-
     try:
-        gateways = serve.get_app_handle(APPLICATION)
-        cut = sum(gateways.broadcast("drain", timeout_s).results(timeout_s=timeout_s + DRAIN_MARGIN_S))
+        cut = asyncio.run(_drain_gateways(timeout_s))
     except Exception as error:
         # Whatever it is, what is left ends when the processes do.
         say(f"Could not wait for the requests that run: {error}")
         return
     if cut:
         say(f"{cut} requests were not finished after {timeout_s:g} s, and ended with an error.")
+
+
+async def _drain_gateways(timeout_s: float) -> int:
+    """How many requests were ended."""
+    from ray import serve
+
+    # On this loop: with the throughput settings a handle has none of its own.
+    drained = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
+    return sum(await drained.results_async(timeout_s=timeout_s + DRAIN_MARGIN_S))
 
 
 def check_port(host: str, port: int) -> None:
