@@ -17,7 +17,7 @@ from deployments.gateway_app import build_http
 from deployments.logs import configure_logging
 from deployments.metrics_push import MetricsPusher
 from deployments.ray_backend import RayBackend
-from deployments.serve_settings import missing_settings
+from deployments.serve_settings import hasty_proxy, missing_settings
 from deployments.version import installed_version
 from monitoring.recorder import Delta, Recorder
 
@@ -43,9 +43,8 @@ class Gateway:
         )
         self._backend = DrainingBackend(continuing, replies.end)
         self._pushing = asyncio.get_running_loop().create_task(self._pusher.run())
-        missing = missing_settings()
-        if missing:
-            logger.warning(missing)
+        for complaint in filter(None, (missing_settings(), hasty_proxy(config.drain_timeout_s))):
+            logger.warning(complaint)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an ingress whose application exists only once its deployment does."""
