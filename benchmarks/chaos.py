@@ -4,7 +4,9 @@ python -m benchmarks.chaos --kills 200 --replicas 2
 python -m benchmarks.chaos --kills 20 --signal STOP
 
 The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
-A gap is how much longer than usual a stream was silent around the kill that cut it.
+A gap is how much longer than usual a stream was silent at the kill that cut it. The next kill waits until as many
+replicas as there should be have loaded the model, so that a gap tells how soon a death is noticed, and not how long it
+takes to start a replica.
 """
 
 import argparse
@@ -31,6 +33,8 @@ from deployments.private_ray import free_ports
 
 ANSWER_TIMEOUT_S = 180.0
 _POLL_S = 0.1
+_LOADED = re.compile(r"^\S+ INFO replica (\w+): .* pages of \d+ tokens", re.MULTILINE)
+"""What a replica logs once it has loaded the model."""
 
 
 @dataclass(slots=True)
@@ -51,11 +55,13 @@ class Server:
         command = [sys.executable, "-m", "deployments.cli.main", "serve", *arguments, "--port", str(port)]
         command += ["--replicas", str(replicas), "--deterministic"]
         self._num_replicas = replicas
+        self._num_killed = 0
+        self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         self.url = f"http://127.0.0.1:{port}"
         with httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S) as http:
-            wait(lambda: reachable(port) and is_ready(http) and self.complete(http), self._process, log)
+            wait(lambda: reachable(port) and is_ready(http) and self.complete(), self._process, log)
 
     def replicas(self) -> list[int]:
         """Process ids."""
@@ -69,9 +75,18 @@ class Server:
                 found.append(entry.pid)
         return found
 
-    def complete(self, http: httpx.Client) -> bool:
-        """Whether as many replicas as there should be have loaded the model."""
-        return len(_series(http, "manta:num_requests_running")) == self._num_replicas
+    def kill(self, pid: int, how: int) -> None:
+        """Sends a signal that ends a replica, or that has it replaced."""
+        os.kill(pid, how)
+        self._num_killed += 1
+
+    def complete(self) -> bool:
+        """Whether as many replicas as there should be have loaded the model.
+
+        By the log: metrics keep those of a dead replica for a while, and a process is there before its model is.
+        """
+        loaded = set(_LOADED.findall(self._log.read_text(encoding="utf-8", errors="replace")))
+        return len(loaded) - self._num_killed == len(self.replicas()) == self._num_replicas
 
     def close(self) -> None:
         self._process.send_signal(signal.SIGINT)
@@ -92,16 +107,16 @@ async def ask_all(url: str, asked: Sequence[Kind]) -> list[Answer]:
 
 
 async def ask_and_kill(
-    url: str, asked: Sequence[Kind], delay: float, victim: int, how: int
+    server: Server, asked: Sequence[Kind], delay: float, victim: int, how: int
 ) -> tuple[list[Answer], float]:
     """The answers, and the moment of the kill."""
 
     async def kill() -> float:
         await asyncio.sleep(delay)
-        os.kill(victim, how)
+        server.kill(victim, how)
         return time.monotonic()
 
-    answers, moment = await asyncio.gather(ask_all(url, asked), kill())
+    answers, moment = await asyncio.gather(ask_all(server.url, asked), kill())
     return answers, moment
 
 
@@ -132,7 +147,7 @@ def run_kills(
             cut_before = sum(_series(http, "manta:request_continuations_total"))
             victim = rng.choice(server.replicas())
             delay = rng.uniform(0.02, 0.9 * seconds)
-            answers, moment = asyncio.run(ask_and_kill(server.url, asked, delay, victim, how))
+            answers, moment = asyncio.run(ask_and_kill(server, asked, delay, victim, how))
             gaps = []
             for kind, answer, expected in zip(asked, answers, wanted, strict=True):
                 row = rows[kind.name]
@@ -151,7 +166,7 @@ def run_kills(
                 rows[name].gaps.append(gap)
             print(f"kill {number} of {kills}: {cut} of {len(asked)} requests were cut", flush=True)
             deadline = time.monotonic() + ANSWER_TIMEOUT_S
-            while victim in server.replicas() or not server.complete(http):
+            while not server.complete():
                 if time.monotonic() > deadline:
                     raise SystemExit(f"the replica that was killed is not replaced after {ANSWER_TIMEOUT_S:.0f} s")
                 time.sleep(_POLL_S)

@@ -15,6 +15,8 @@ import httpx
 
 PROMPT = "One day a little cat went to the market with her friend"
 LOGPROB_TOLERANCE = 1e-3
+IN_FLIGHT_S = 0.2
+"""For how long after a kill there may still come what the replica had sent before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,12 @@ class Answer:
         return None if self.usage == other.usage else f"usage {self.usage} instead of {other.usage}"
 
     def gap(self, moment: float) -> float | None:
-        """By how many seconds the silence around a moment was longer than is usual here; None if it was over then."""
+        """By how many seconds the silence that begins at a moment is longer than is usual here; None if it was over."""
         spans = list(pairwise(self.times))
-        around = [end - begin for begin, end in spans if begin <= moment < end]
+        around = [end - begin for begin, end in spans if moment < end and begin < moment + IN_FLIGHT_S]
         if not around:
             return None
-        return max(0.0, around[0] - median(end - begin for begin, end in spans))
+        return max(0.0, max(around) - median(end - begin for begin, end in spans))
 
 
 def kinds(model: str, prompt: str, max_tokens: int, stop: str) -> list[Kind]:

@@ -28,9 +28,10 @@ HEALTH_CHECK_PERIOD_S = 2.0
 """A replica that was killed is noticed within a period; Serve's default of 10 s is long to go without one."""
 HEALTH_CHECK_TIMEOUT_S = 10.0
 """Serve replaces a replica that misses three in a row: an event loop that is merely busy must not be taken for dead."""
-GRACEFUL_SHUTDOWN_S = 10.0
-"""How long requests may go on in a replica that is to go."""
+HUB_SHUTDOWN_S = 10.0
 GRACEFUL_SHUTDOWN_POLL_S = 0.5
+GATEWAY_SURGE_PERCENT = 100
+"""New gateways take requests before old ones take no more; they reserve nothing, so there is always room for them."""
 
 
 def build(args: AppConfig) -> Application:
@@ -45,27 +46,34 @@ def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
     neighbours = min(config.replicas, max(1, math.floor(max(cpus, default=share) / share)))
     engine = share_machine(config.engine, share, neighbours)
     # Each is given what it needs and no more: Serve replaces actors whose arguments have changed.
-    hub = _deployment(MetricsHub, replicas=1, cpus=0).bind(config.model_name)
-    hosts = _deployment(KVHosts, replicas=1, cpus=0).bind(config.kv_host, hub) if config.kv_host.enabled else None
+    hub = _deployment(MetricsHub, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.model_name)
+    hosts = None
+    if config.kv_host.enabled:
+        hosts = _deployment(KVHosts, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.kv_host, hub)
     replicas = (
-        _deployment(LLMReplica, replicas=config.replicas, cpus=share)
+        _deployment(LLMReplica, replicas=config.replicas, cpus=share, drain_s=config.drain_timeout_s)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
         .bind(engine, config.model_name, hub, engine_factory, hosts)
     )
-    gateway = _deployment(serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0)
-    streams = _deployment(StreamStore, replicas=1, cpus=0).bind(config.gateway.streams, hub)
+    streams = _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.gateway.streams, hub)
+    gateway = _deployment(
+        serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0, drain_s=config.gateway.drain_timeout_s
+    ).options(max_surge_percent=GATEWAY_SURGE_PERCENT)
     return gateway.bind(config.gateway, replicas, hub, streams)
 
 
-def _deployment(actor: type, *, replicas: int, cpus: float) -> Any:
-    """A Serve deployment of `actor`. Gateways and hub reserve no CPU, so that they fit beside the replicas."""
+def _deployment(actor: type, *, replicas: int, cpus: float, drain_s: float) -> Any:
+    """A Serve deployment of `actor`, whose calls may go on for `drain_s` seconds once it is to end.
+
+    Gateways and hub reserve no CPU, so that they fit beside the replicas.
+    """
     return serve.deployment(actor).options(
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": cpus},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=GRACEFUL_SHUTDOWN_POLL_S,
     )
 

@@ -33,6 +33,8 @@ class GatewayConfig(Config):
     """Larger request bodies are refused with 413."""
     continuation_timeout_s: float = Field(default=600.0, ge=0.0)
     """How long an interrupted stream waits for a replica that goes on with it."""
+    drain_timeout_s: float = Field(default=600.0, ge=0.0)
+    """How long a gateway that is replaced, or one too many, may go on with the requests of its clients."""
     max_queued_requests: int = Field(default=1024, ge=1)
     """Requests a gateway holds at once; more are refused with 429 and Retry-After."""
     streams: StreamsConfig = StreamsConfig()
@@ -47,6 +49,8 @@ class AppConfig(Config):
     """Copies of the model."""
     cpus_per_replica: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Ray CPUs that one replica reserves; "auto" shares the cores of the machine between the replicas."""
+    drain_timeout_s: float = Field(default=10.0, ge=0.0)
+    """How long a replica that is to go may keep requests that no other replica can take over."""
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
     kv_host: KVTierConfig = KVTierConfig()

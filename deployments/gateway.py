@@ -12,11 +12,12 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.config import GatewayConfig
 from deployments.continuation import ContinuingBackend
+from deployments.draining import DrainingBackend
 from deployments.gateway_app import build_http
 from deployments.logs import configure_logging
 from deployments.metrics_push import MetricsPusher
 from deployments.ray_backend import RayBackend
-from deployments.serve_settings import missing_settings
+from deployments.serve_settings import hasty_proxy, missing_settings
 from deployments.streams.keeper import StreamKeeper
 from deployments.streams.store import StreamStoreHandle
 from deployments.version import installed_version
@@ -39,16 +40,16 @@ class Gateway:
         self._render = hub.options(method_name="render")
         self._pusher = MetricsPusher(self._recorder, self._send)
         replies = RayBackend(self._gateway_id, replicas, self._metrics)
-        self._backend = ContinuingBackend(
+        continuing = ContinuingBackend(
             replies,
             timeout_s=config.continuation_timeout_s,
             count=lambda reason: self._recorder.increment("manta:request_continuations_total", labels=(reason,)),
         )
+        self._backend = DrainingBackend(continuing, replies.end)
         self._keeper = StreamKeeper(self._gateway_id, StreamStoreHandle(streams))
         self._pushing = asyncio.get_running_loop().create_task(self._pusher.run())
-        missing = missing_settings()
-        if missing:
-            logger.warning(missing)
+        for complaint in filter(None, (missing_settings(), hasty_proxy(config.drain_timeout_s))):
+            logger.warning(complaint)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve's hook for an ingress whose application exists only once its deployment does."""
@@ -61,6 +62,10 @@ class Gateway:
             echo_request_id=False,
             keeper=self._keeper,
         )
+
+    async def drain(self, timeout_s: float) -> int:
+        """Takes no more requests; those that run after `timeout_s` end with an error. Returns how many those were."""
+        return await self._backend.drain(timeout_s)
 
     async def _send(self, delta: Delta) -> None:
         await self._push.remote(self._gateway_id, delta)

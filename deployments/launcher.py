@@ -1,9 +1,11 @@
 """`manta serve`: one machine, one command. Checks, starts a private Ray, deploys, waits, serves, and cleans up.
 
 Owns the order of these phases and what the user is told in each; every phase's work is another file's. Whatever ends
-it, an error, Ctrl-C or SIGTERM, no process and no directory is left behind.
+it, an error, Ctrl-C or SIGTERM, no process and no directory is left behind. Ctrl-C and SIGTERM let the requests that
+run finish first, for a while.
 """
 
+import asyncio
 import os
 import signal
 import socket
@@ -26,6 +28,8 @@ APPLICATION = "default"
 POLL_S = 0.2
 STATUS_EVERY = 5
 """Polls of the endpoint for each look at Serve's status, which costs a call to the controller."""
+DRAIN_MARGIN_S = 5.0
+"""How much longer the gateways may take to answer that they have drained."""
 
 Say = Callable[[str], None]
 
@@ -37,6 +41,8 @@ class LaunchOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     dashboard: bool = False
+    drain_timeout_s: float = 10.0
+    """How long requests may go on once serving is interrupted."""
 
 
 class _Interrupted(BaseException):
@@ -60,11 +66,34 @@ def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
     except _Interrupted:
         watch.stopping = True
         say("Stopping ... (Ctrl-C again to stop at once)")
-        if not watch.serving:
+        if watch.serving:
+            _drain(options.drain_timeout_s, say)
+        else:
             raise CommandError("interrupted before the model was ready", ExitCode.INTERRUPTED) from None
     finally:
         watch.stopping = True
         ray.stop()
+
+
+def _drain(timeout_s: float, say: Say) -> None:
+    """Lets the requests that run finish, and has those that take longer end with an error; bounded in time."""
+    try:
+        cut = asyncio.run(_drain_gateways(timeout_s))
+    except Exception as error:
+        # Whatever it is, what is left ends when the processes do.
+        say(f"Could not wait for the requests that run: {error}")
+        return
+    if cut:
+        say(f"{cut} requests were not finished after {timeout_s:g} s, and ended with an error.")
+
+
+async def _drain_gateways(timeout_s: float) -> int:
+    """How many requests were ended."""
+    from ray import serve
+
+    # On this loop: with the throughput settings a handle has none of its own.
+    drained = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
+    return sum(await drained.results_async(timeout_s=timeout_s + DRAIN_MARGIN_S))
 
 
 def check_port(host: str, port: int) -> None:

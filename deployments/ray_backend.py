@@ -1,15 +1,14 @@
 """The backend of a gateway in a cluster: submits requests to replicas and brings their tokens back.
 
 Owns what is between a gateway and the replicas: routing books, one link per replica, retries before a request is taken.
-Knows no HTTP and no text. A request whose replica dies fails with ReplicaLost; `deployments.continuation` goes on with
-it on another replica, from what has arrived.
+Knows no HTTP and no text. A request whose replica dies fails with ReplicaLost, and so does one whose replica is to go
+as soon as another one is there; `deployments.continuation` goes on with it on another replica, from what has arrived.
 """
 
 import asyncio
 import contextvars
 import itertools
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,9 +17,10 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.backend import NotReady, ReplicaLost
+from deployments.backend import GenerationFailed, NotReady, ReplicaLost
 from deployments.messages import Abort, Accepted, Attach, Frame, ModelCard, Submit, Unavailable
 from deployments.router import Ledger, ReplicaGone
+from deployments.token_streams import Link, TokenStream
 from engine.errors import InvalidRequest
 from engine.sequence import Emission, Request
 
@@ -39,8 +39,13 @@ TICK_S = 0.5
 SILENT_TICKS = 8
 """A link without a frame for so many ticks of this gateway's own loop is broken: a living replica sends one every
 second. Ticks and not seconds, because a gateway that was busy for a while has not listened either."""
+FAREWELL = "%d requests leave their replica: %s"
 MAX_REMEMBERED = 4096
 """Aborted requests whose late tokens are recognised."""
+
+
+class _Leaving(Exception):
+    """Serve has taken the replica from its list: it drains."""
 
 
 class RayBackend:
@@ -56,10 +61,12 @@ class RayBackend:
         self._frames_call = replicas.options(method_name="frames", stream=True)
         self._ledger = Ledger()
         self._tickets = itertools.count()
-        self._streams: dict[str, _TokenStream] = {}
-        self._links: dict[str, _Link] = {}
+        self._streams: dict[str, TokenStream] = {}
+        self._links: dict[str, Link] = {}
         self._aborted: dict[str, None] = {}
         """Wire ids of the latest aborts, oldest first: tokens of theirs may still be on the way."""
+        self._ended: str | None = None
+        """Why no request goes on any more."""
         self._card: ModelCard | None = None
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -82,6 +89,12 @@ class RayBackend:
     async def metrics(self) -> bytes:
         return await self._metrics()
 
+    def end(self, reason: str) -> None:
+        """Ends every stream after what has arrived, and any request that comes later, with GenerationFailed."""
+        self._ended = reason
+        for stream in tuple(self._streams.values()):
+            stream.fail(GenerationFailed(reason))
+
     async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
         """See `Backend.generate`."""
         # Ids of clients may repeat; on the wire every attempt has its own, so that whatever an abandoned attempt still
@@ -94,12 +107,12 @@ class RayBackend:
         finally:
             self._close(stream)
 
-    async def _submit(self, request: Request) -> "_TokenStream":
+    async def _submit(self, request: Request) -> TokenStream:
         """The stream of the replica that took the request; looks for another one when a replica is gone."""
         cost = await self._cost(request)
         try:
             async with asyncio.timeout(SUBMIT_TIMEOUT_S):
-                while True:
+                while self._ended is None:
                     stream = await self._attempt(request, cost)
                     if stream is not None:
                         return stream
@@ -107,8 +120,9 @@ class RayBackend:
                     await asyncio.sleep(RETRY_AFTER_S)
         except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
             raise NotReady("no replica took the request") from error
+        raise GenerationFailed(self._ended)
 
-    async def _attempt(self, request: Request, cost: int) -> "_TokenStream | None":
+    async def _attempt(self, request: Request, cost: int) -> TokenStream | None:
         """Sends the request to one replica; None if that one turned out to be gone. Raises InvalidRequest."""
         stream = self._open(request)
         try:
@@ -139,7 +153,7 @@ class RayBackend:
         return prompt + most * len(request.open_samples)
 
     async def _submit_to_any(
-        self, stream: "_TokenStream", request: Request, cost: int
+        self, stream: TokenStream, request: Request, cost: int
     ) -> Accepted | InvalidRequest | Unavailable:
         call = Submit(replace(request, request_id=stream.wire_id), self._gateway_id, cost, self._ledger)
         answer: Accepted | InvalidRequest | Unavailable = await self._submit_call.remote(call)
@@ -147,7 +161,7 @@ class RayBackend:
             self._accepted(stream, answer.replica_id)
         return answer
 
-    def _accepted(self, stream: "_TokenStream", replica_id: str) -> None:
+    def _accepted(self, stream: TokenStream, replica_id: str) -> None:
         stream.replica_id = replica_id
         if stream.closed:
             # The client left while the request was on its way.
@@ -157,14 +171,12 @@ class RayBackend:
         if not stream.finished:
             self._link(replica_id).add(stream)
 
-    def _open(self, request: Request) -> "_TokenStream":
+    def _open(self, request: Request) -> TokenStream:
         wire_id = f"{request.request_id}@{self._gateway_id}.{next(self._tickets)}"
-        stream = self._streams[wire_id] = _TokenStream(
-            wire_id, len(request.prompt_token_ids), len(request.open_samples)
-        )
+        stream = self._streams[wire_id] = TokenStream(wire_id, len(request.prompt_token_ids), len(request.open_samples))
         return stream
 
-    def _close(self, stream: "_TokenStream") -> None:
+    def _close(self, stream: TokenStream) -> None:
         """Forgets a stream, and aborts its request at the replica if it has not finished there."""
         stream.closed = True
         self._streams.pop(stream.wire_id, None)
@@ -191,43 +203,53 @@ class RayBackend:
 
         self._spawn(send())
 
-    def _link(self, replica_id: str) -> "_Link":
+    def _link(self, replica_id: str) -> Link:
         link = self._links.get(replica_id)
         if link is None:
-            link = self._links[replica_id] = _Link(replica_id)
+            link = self._links[replica_id] = Link(replica_id)
             self._spawn(self._read(link))
         return link
 
-    async def _read(self, link: "_Link") -> None:
+    async def _read(self, link: Link) -> None:
         """Follows one replica's frames while requests of ours run there."""
         failure = "the replica closed the stream"
+        planned = False
         try:
             while link.streams:
-                await self._read_stream(link.replica_id)
+                await self._read_stream(link)
+        except _Leaving:
+            failure, planned = f"replica {link.replica_id} is to go", True
         except (ReplicaGone, RayActorError):
             failure = f"replica {link.replica_id} is gone"
         except TimeoutError:
             failure = f"replica {link.replica_id} sent nothing for {SILENT_TICKS * TICK_S:.0f} s"
-            self._ledger.avoid(link.replica_id)
         except Exception as error:
             failure = f"the stream of replica {link.replica_id} broke: {error}"
         finally:
             del self._links[link.replica_id]
             if link.streams:
-                logger.warning("%d requests fail: %s", len(link.streams), failure)
+                logger.log(logging.INFO if planned else logging.WARNING, FAREWELL, len(link.streams), failure)
                 self._ledger.forget(link.replica_id)
+                # Serve's router may list it for a while, and without debts it would come first.
+                self._ledger.avoid(link.replica_id)
             for stream in tuple(link.streams.values()):
-                stream.fail("the replica that served this request is gone")
+                stream.fail(ReplicaLost(failure, planned=planned))
 
-    async def _read_stream(self, replica_id: str) -> None:
-        """Reads until the replica ends the stream, which it does when it has had no request of ours for a while."""
-        frames = self._frames_call.remote(Attach(self._gateway_id, replica_id))
+    async def _read_stream(self, link: Link) -> None:
+        """Reads until the replica ends the stream, which it does when it has had no request of ours for a while.
+
+        Raises _Leaving once the replica is to go and its streams can go on elsewhere. There is always a next frame to
+        look at this after: a replica with requests sends one every second.
+        """
+        frames = self._frames_call.remote(Attach(self._gateway_id, link.replica_id))
         try:
             while True:
                 frame = await _heard(anext(frames, None))
                 if frame is None:
                     return
                 self._demultiplex(frame)
+                if self._ledger.is_leaving(link.replica_id) and (not link.streams or self._ledger.has_place()):
+                    raise _Leaving
         except BaseException:
             frames.cancel()
             raise
@@ -288,74 +310,3 @@ async def _heard(coming: Awaitable[T]) -> T:
         raise TimeoutError
     finally:
         task.cancel()
-
-
-class _Link:
-    """The frame stream from one replica, and the token streams that live on it."""
-
-    def __init__(self, replica_id: str) -> None:
-        self.replica_id = replica_id
-        self.streams: dict[str, _TokenStream] = {}
-
-    def add(self, stream: "_TokenStream") -> None:
-        self.streams[stream.wire_id] = stream
-
-    def remove(self, stream: "_TokenStream") -> None:
-        self.streams.pop(stream.wire_id, None)
-
-
-class _TokenStream:
-    """The emissions of one attempt at a request, between the link that brings them and the client's generator."""
-
-    def __init__(self, wire_id: str, num_prompt_tokens: int, num_samples: int) -> None:
-        self.wire_id = wire_id
-        self.replica_id: str | None = None
-        self.closed = False
-        """Nobody reads this stream any more."""
-        self._unspent = num_prompt_tokens
-        self._open_samples = num_samples
-        self._waiting: deque[Emission] = deque()
-        self._failure: ReplicaLost | None = None
-        self._wake = asyncio.Event()
-
-    @property
-    def complete(self) -> bool:
-        """Whether every sample's last emission has arrived."""
-        return self._open_samples == 0
-
-    @property
-    def broken(self) -> bool:
-        return self._failure is not None
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing more to take."""
-        return self.complete and not self._waiting
-
-    def put(self, emission: Emission) -> int:
-        """Adds what arrived; returns how many tokens of work it shows to be done, the prompt's with the first."""
-        self._waiting.append(emission)
-        self._wake.set()
-        if emission.finish_reason is not None:
-            self._open_samples -= 1
-        done = len(emission.token_ids)
-        if done:
-            done, self._unspent = done + self._unspent, 0
-        return done
-
-    def fail(self, reason: str) -> None:
-        """Ends the stream after what has already arrived."""
-        if not self.complete and self._failure is None:
-            self._failure = ReplicaLost(reason)
-            self._wake.set()
-
-    async def take(self) -> list[Emission]:
-        """Everything that has arrived, after waiting for something. Raises ReplicaLost if no more will come."""
-        while not self._waiting:
-            if self._failure is not None:
-                raise self._failure
-            self._wake.clear()
-            await self._wake.wait()
-        taken = list(self._waiting)
-        self._waiting.clear()
-        return taken

@@ -1,7 +1,7 @@
 """Which replica takes the next request: fewest outstanding tokens. Decisions and their books only.
 
-Owns the rule (`choose`) and one gateway's account of the load it knows of (`Ledger`). Knows nothing of Ray:
-`deployments.router_adapter` fits both to Serve's request router.
+Owns the rule (`choose`) and one gateway's account of the replicas and loads it knows of (`Ledger`). Knows nothing of
+Ray: `deployments.router_adapter` fits both to Serve's request router.
 """
 
 import threading
@@ -69,6 +69,23 @@ class Ledger(Mapping[str, int]):
         self._released: list[_Released] = []
         self._avoided: dict[str, float] = {}
         """Replica id -> when it stops coming last."""
+        self._listed: frozenset[str] | None = None
+        """The replicas that Serve sends requests to; None until it has said so."""
+
+    def update_list(self, replica_ids: Sequence[str]) -> None:
+        """Takes note of which replicas Serve sends requests to. One that is to end leaves this list first."""
+        with self._lock:
+            self._listed = frozenset(replica_ids)
+
+    def is_leaving(self, replica_id: str) -> bool:
+        """Whether a replica is on the list no more: it drains, or it is dead."""
+        return self._listed is not None and replica_id not in self._listed
+
+    def has_place(self) -> bool:
+        """Whether some replica on the list takes requests, as far as is known."""
+        with self._lock:
+            now = self._clock()
+            return any(self._avoided.get(replica, now) <= now for replica in self._listed or ())
 
     def place(self, request_id: str, cost: int, candidates: Sequence[str]) -> list[str]:
         """Ranks `candidates` for a request and books its `cost` tokens on the first; a request is booked only once."""

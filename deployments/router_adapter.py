@@ -4,7 +4,9 @@ Serve pickles this module by value into every process that holds a handle, so no
 module by identity; what it shares with the rest lives in `deployments.router` and `deployments.messages`.
 """
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from collections.abc import Iterable
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from deployments.messages import Abort, Attach, Submit
 from deployments.router import Ledger, ReplicaGone
@@ -17,6 +19,21 @@ class TokenRequestRouter(RequestRouter):
     pinned calls astray. The base class gives each call the replica that was chosen for it.
     """
 
+    _ledger: Ledger | None = None
+    """That of the gateway in this process, which comes with each of its requests."""
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._tell(replicas)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._tell(self.curr_replicas.values())
+
+    def _tell(self, replicas: Iterable[RunningReplica]) -> None:
+        if self._ledger is not None:
+            self._ledger.update_list([replica.replica_id.unique_id for replica in replicas])
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
@@ -27,6 +44,8 @@ class TokenRequestRouter(RequestRouter):
                 assert pending_request is not None
                 return self._pinned(call.replica_id, replicas, pending_request)
             case Submit(outstanding=Ledger() as ledger):
+                self._ledger = ledger
+                self._tell(candidate_replicas)
                 ranked = ledger.place(call.request.request_id, call.cost, list(replicas))
                 return [[replicas[replica_id]] for replica_id in ranked]
             case _:

@@ -22,6 +22,15 @@ NODE_FAILURE = {
     "RAY_health_check_failure_threshold": "3",
 }
 
+_HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+_HARD_STOP_DEFAULT_S = 120.0
+
+DRAIN = {
+    # HAProxy replaces itself whenever a gateway comes or goes, and its old process ends what is left of its clients'
+    # streams after so many seconds: longer than a gateway may take to finish them.
+    _HARD_STOP: "660",
+}
+
 QUIET = {
     # The controller wakes ten times a second by default, which is most of what an idle application costs.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
@@ -47,4 +56,19 @@ def missing_settings(environment: Mapping[str, str] = os.environ) -> str:
         f"Running without {' '.join(missing)}: everything works, but each streamed token costs several times the CPU "
         "time on its way to the client, and requests take longer to start. "
         "Put them into the environment of every `ray start` of this cluster."
+    )
+
+
+def hasty_proxy(drain_timeout_s: float, environment: Mapping[str, str] = os.environ) -> str:
+    """One line that says so if HAProxy ends streams before `drain_timeout_s`, the seconds a gateway gives them.
+
+    Empty if it does not.
+    """
+    after = float(environment.get(_HARD_STOP, _HARD_STOP_DEFAULT_S))
+    if environment.get("RAY_SERVE_ENABLE_HA_PROXY") != "1" or after >= drain_timeout_s:
+        return ""
+    return (
+        f"HAProxy ends the streams that still run {after:g} s after a gateway has come or gone, although the gateway "
+        f"gives them {drain_timeout_s:g} s. Put {_HARD_STOP}={drain_timeout_s + 60:.0f} into the environment of every "
+        "`ray start` of this cluster."
     )

@@ -27,6 +27,9 @@ def serve(
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Start Ray's dashboard too.", rich_help_panel=_MACHINE)
     ] = False,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests may go on after Ctrl-C.", rich_help_panel=_MACHINE)
+    ] = 10.0,
     replicas: Annotated[int | None, typer.Option(help="Copies of the model. [1]", rich_help_panel=_MACHINE)] = None,
     gateways: Annotated[int | None, typer.Option(help="HTTP processes. [1]", rich_help_panel=_MACHINE)] = None,
     served_model_name: Annotated[
@@ -89,7 +92,10 @@ def serve(
         str | None, typer.Option(help="Of the arithmetic, per replica, or auto. [auto]", rich_help_panel=_MODEL)
     ] = None,
 ) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API, on a private Ray on this machine. Ctrl-C stops it.
+    """Serve a model over an OpenAI-compatible HTTP API, on a private Ray on this machine.
+
+    Ctrl-C stops it: requests may go on for --drain-timeout seconds, then they end with an error. A second one stops it
+    at once.
 
     Exit codes: 0 stopped by Ctrl-C or SIGTERM, 1 failed, 2 bad flag, config file, model or port, 130 interrupted before
     the model was ready.
@@ -130,7 +136,7 @@ def serve(
         "engine.scheduler.admission": admission,
     }
     application = configure(config, {name: value for name, value in chosen.items() if value is not None})
-    launch(application, LaunchOptions(host, port, dashboard), say=lambda line: print(line, flush=True))
+    launch(application, LaunchOptions(host, port, dashboard, drain_timeout), say=lambda line: print(line, flush=True))
 
 
 def configure(file: Path | None, chosen: dict[str, Any]) -> "AppConfig":

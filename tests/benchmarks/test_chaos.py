@@ -36,8 +36,9 @@ def test_what_is_different_is_said(other: Answer, complaint: str) -> None:
 
 
 def test_a_gap_is_the_silence_beyond_the_usual_one() -> None:
-    cut = replace(answer(), times=[0.0, 0.1, 0.2, 1.3, 1.4])
+    cut = replace(answer(), times=[0.0, 0.1, 0.2, 0.3, 0.4, 1.5, 1.6])
     assert cut.gap(0.5) == pytest.approx(1.0)
+    assert cut.gap(0.35) == pytest.approx(1.0), "an event that was on its way does not hide it"
     assert cut.gap(0.05) == pytest.approx(0.0)
     assert cut.gap(2.0) is None and answer().gap(0.0) is None
 

@@ -1,9 +1,12 @@
 """How an application's configuration is fitted to the machines it runs on."""
 
+from pathlib import Path
+
 import pytest
 
 from deployments.app import cpu_share, share_machine
-from deployments.serve_settings import FAST_PATH, missing_settings
+from deployments.config import GatewayConfig
+from deployments.serve_settings import DRAIN, FAST_PATH, NODE_FAILURE, hasty_proxy, missing_settings
 from engine.config import EngineConfig, KVConfig
 
 
@@ -49,6 +52,21 @@ def test_chosen_threads_stay() -> None:
 
 def test_nothing_is_missing_with_all_settings() -> None:
     assert missing_settings(FAST_PATH) == ""
+
+
+def test_a_proxy_that_does_not_wait_for_gateways_is_complained_of() -> None:
+    proxy = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+    line = hasty_proxy(600.0, proxy)
+    assert "120 s" in line and "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S=660" in line and "\n" not in line
+    assert hasty_proxy(GatewayConfig().drain_timeout_s, {**proxy, **DRAIN}) == ""
+    assert hasty_proxy(100.0, proxy) == ""
+    assert hasty_proxy(600.0, {}) == "", "Serve's own proxy is another matter"
+
+
+def test_the_example_environment_has_every_setting_of_a_cluster() -> None:
+    lines = (Path(__file__).parents[2] / "examples" / "ray.env").read_text().splitlines()
+    settings = dict(line.split("=") for line in lines if line and not line.startswith("#"))
+    assert settings == {**FAST_PATH, **NODE_FAILURE, **DRAIN}
 
 
 def test_missing_settings_are_named_in_one_line() -> None:

@@ -149,3 +149,27 @@ def test_the_place_of_a_request_that_got_no_answer_comes_last_for_a_while() -> N
     assert all(ledger.place(f"r{i}", 1000, ["a", "b"])[-1] == silent for i in range(5))
     clock.now += AVOID_S + 1
     assert ledger.place("later", 1, ["a", "b"])[0] == silent
+
+
+def test_a_replica_that_is_on_the_list_no_more_is_leaving() -> None:
+    ledger = Ledger()
+    assert not ledger.is_leaving("a"), "nothing is known yet"
+    ledger.update_list(["a", "b"])
+    assert not ledger.is_leaving("a")
+    ledger.update_list(["b"])
+    assert ledger.is_leaving("a") and not ledger.is_leaving("b")
+
+
+def test_there_is_a_place_as_long_as_some_replica_on_the_list_takes_requests() -> None:
+    clock = Clock()
+    ledger = Ledger(clock)
+    assert not ledger.has_place()
+    ledger.update_list(["a", "b"])
+    ledger.avoid("a")
+    assert ledger.has_place()
+    ledger.avoid("b")
+    assert not ledger.has_place()
+    clock.now += AVOID_S + 0.1
+    assert ledger.has_place()
+    ledger.update_list([])
+    assert not ledger.has_place()

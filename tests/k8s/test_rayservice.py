@@ -5,11 +5,12 @@ from pathlib import Path
 import yaml
 
 from deployments.config import AppConfig
+from deployments.serve_settings import DRAIN, FAST_PATH, NODE_FAILURE
 
 MANIFEST = Path(__file__).parents[2] / "k8s" / "rayservice.yaml"
 
 
-def test_the_manifests_arguments_are_valid_and_every_container_has_the_throughput_settings() -> None:
+def test_the_manifests_arguments_are_valid_and_every_container_has_the_settings_of_a_cluster() -> None:
     spec = yaml.safe_load(MANIFEST.read_text())["spec"]
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
     assert application["import_path"] == "deployments.app:build"
@@ -19,4 +20,6 @@ def test_the_manifests_arguments_are_valid_and_every_container_has_the_throughpu
     groups = [spec["rayClusterConfig"]["headGroupSpec"], workers]
     for container in (c for group in groups for c in group["template"]["spec"]["containers"]):
         env = {e["name"]: e["value"] for e in container["env"]}
-        assert env["RAY_SERVE_ENABLE_HA_PROXY"] == env["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+        assert env == {**FAST_PATH, **NODE_FAILURE, **DRAIN}
+    # An old cluster stays for as long as its gateways may take to finish the streams of their clients.
+    assert spec["rayClusterDeletionDelaySeconds"] >= config.gateway.drain_timeout_s

@@ -3,40 +3,57 @@
 `python -m tests.deployments.app.server MODEL_DIR PORT [GATEWAYS]`
 
 A process of its own, because Ray reads its settings once, when it is imported. Prints "ready" and serves until its
-standard input is closed; then everything it started ends.
+standard input is closed; then everything it started ends. Each line of its input is a JSON object and a deployment, as
+`serve deploy` makes it: "args" are merged into those of the application, "num_replicas" is Serve's own number of
+replicas of the model. It prints "deployed" once that is what runs.
 """
 
+import json
 import sys
 import time
 import urllib.request
+from typing import Any
 
-from deployments.config import AppConfig
 from deployments.private_ray import PrivateRay
-from tests.deployments.fakes import build_fake_engine
 
 
 def main(model: str, port: int, gateways: int = 1) -> None:
     ray = PrivateRay(num_cpus=2, dashboard=False)
     try:
         ray.start("127.0.0.1", port)
-        from ray import serve
-
-        from deployments.app import assemble
-
-        args = {
-            "replicas": 2,
-            "served_model_name": "fake",
-            "engine": {"model": model},
-            "gateway": {"replicas": gateways},
-        }
-        config = AppConfig.model_validate(args)
-        serve.run(assemble(config, build_fake_engine))
+        args: dict[str, Any] = {"replicas": 2, "cpus_per_replica": 1, "served_model_name": "fake"}
+        args |= {"engine": {"model": model}, "gateway": {"replicas": gateways}}
+        deploy(args, 2)
         while not _answers(f"http://127.0.0.1:{port}/ready"):
             time.sleep(0.1)
         print("ready", flush=True)
-        sys.stdin.read()
+        num_replicas = 2
+        for line in sys.stdin:
+            change = json.loads(line)
+            args |= change.get("args", {})
+            num_replicas = change.get("num_replicas", num_replicas)
+            deploy(args, num_replicas)
+            print("deployed", flush=True)
     finally:
         ray.stop()
+
+
+def deploy(args: dict[str, Any], num_replicas: int) -> None:
+    """Brings the application to this state, and waits for it."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    application = {
+        "name": "default",
+        "route_prefix": "/",
+        "import_path": "tests.deployments.app.fake_application:build",
+        "args": args,
+        "deployments": [{"name": "LLMReplica", "num_replicas": num_replicas}],
+    }
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+    while serve.status().applications["default"].status != "RUNNING":
+        time.sleep(0.1)
 
 
 def _answers(url: str) -> bool:

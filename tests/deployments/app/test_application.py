@@ -1,90 +1,15 @@
 """The application in Ray, over HTTP: two replicas with engines that generate known letters at a known pace."""
 
 import asyncio
-import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from os import kill
-from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
-from deployments.private_ray import free_ports
-from deployments.text import TextModel
-from engine.sampling_params import SamplingParams
-from engine.sequence import Request
-from tests.deployments.app.processes import below
-from tests.deployments.fakes import CRASH_PROMPT, token_at, write_fake_model
-
-START_S = 120.0
-ROOT = Path(__file__).parents[3]
-
-
-class Application:
-    """The running application and what its answers must be."""
-
-    def __init__(self, url: str, pid: int, text: TextModel) -> None:
-        self.url = url
-        self.pid = pid
-        self._text = text
-
-    def client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def expected(self, prompt: str, max_tokens: int, sample: int = 0) -> str:
-        """The text that the fake engine generates for a prompt."""
-        request = Request("", tuple(self._text.encode(prompt)), SamplingParams())
-        return self._text.decode([token_at(request, sample, index) for index in range(max_tokens)])
-
-    def replicas(self) -> list[int]:
-        """Process ids of the model's replicas."""
-        return [pid for pid, command in below(self.pid).items() if ":LLMReplica" in command]
-
-    def metric(self, name: str) -> list[float]:
-        """The values of all series of a metric."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return [float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}(\{{|\s)", line)]
-
-    async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not await asyncio.to_thread(condition):
-            assert time.monotonic() < deadline, "it did not come true in time"
-            await asyncio.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Application]:
-    model = tmp_path_factory.mktemp("model")
-    write_fake_model(model)
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "tests.deployments.app.server", str(model), str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdin is not None and process.stdout is not None
-            assert any(line == "ready\n" for line in process.stdout), "the application did not start"
-            yield Application(f"http://127.0.0.1:{port}", process.pid, TextModel.load(model))
-        finally:
-            process.stdin.close()  # type: ignore[union-attr]
-            process.wait(60)
-
-
-def scenario(run: Callable[[Application], Awaitable[None]]) -> Callable[[Application], None]:
-    """Makes a test of a coroutine."""
-
-    def test(application: Application) -> None:
-        asyncio.run(asyncio.wait_for(run(application), START_S))
-
-    test.__doc__ = run.__doc__
-    return test
-
-
-async def stream_text(stream: AsyncIterator[openai.types.Completion]) -> str:
-    return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+from tests.deployments.app.application import Application, scenario, stream_text
+from tests.deployments.fakes import CRASH_PROMPT
 
 
 @scenario

@@ -273,6 +273,45 @@ def test_the_built_in_model_answers_in_english_on_two_replicas_and_stops_by_itse
         assert [command for pid, command in started.items() if _command_of(pid) == command] == []
 
 
+@pytest.mark.parametrize("by_whom", ["terminal", "supervisor"])
+def test_stopping_lets_streams_finish_for_a_while_and_then_tells_them(by_whom: str) -> None:
+    with serving("--drain-timeout", "2") as (running, url):
+        running.wait_for("curl")
+
+        def ask(max_tokens: int, n: int) -> list[str]:
+            """The events of a stream."""
+            body = {"model": "manta-tiny", "prompt": "One day", "max_tokens": max_tokens, "n": n}
+            body |= {"stream": True, "ignore_eos": True}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+                assert response.status_code == 200
+                return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+
+        def running_requests() -> float:
+            exposition = httpx.get(f"{url}/metrics").text
+            return sum(map(float, re.findall(r"^manta:num_requests_running{.*} (\S+)$", exposition, re.MULTILINE)))
+
+        with ThreadPoolExecutor(3) as pool:
+            endless = pool.submit(ask, 1900, 64)
+            while not running_requests():
+                time.sleep(0.1)
+            brief = pool.submit(ask, 10, 1)
+            time.sleep(0.2)
+            begun = time.monotonic()
+            if by_whom == "terminal":
+                running.interrupt()
+            else:
+                running.process.terminate()
+            time.sleep(0.5)
+            refused = httpx.post(f"{url}/v1/completions", json={"model": "manta-tiny", "prompt": "One day"})
+            assert refused.status_code == 503 and "stopping" in refused.text
+            assert brief.result()[-1] == "[DONE]"
+            assert json.loads(endless.result()[-1])["error"]["message"] == "the server is stopping"
+            assert 2.0 <= time.monotonic() - begun < 10.0
+        assert running.finish() == 0, "".join(running.output)
+        assert time.monotonic() - begun < 40.0
+        assert "1 requests were not finished after 2 s" in "".join(running.output)
+
+
 def test_interrupted_while_starting_leaves_nothing_behind(server: tuple[Server, str]) -> None:
     running, _ = server
     running.wait_for("Starting")

@@ -1,0 +1,78 @@
+"""Replicas and gateways that are to go, under streams: nothing is dropped, and the end is bounded in time."""
+
+import asyncio
+import time
+
+import openai
+
+from tests.deployments.app.application import Application, scenario, stream_text
+
+LONG = 3000
+"""Tokens of a stream that lasts longer than a replica may take to drain: at 5 ms each, 15 s."""
+DRAIN_S = 10.0
+
+
+async def begin(application: Application, count: int, max_tokens: int) -> dict[str, "asyncio.Task[str]"]:
+    """As many streams as are wanted, running; by their prompts."""
+    client = application.client()
+
+    async def one(prompt: str) -> str:
+        stream = await client.completions.create(model="fake", prompt=prompt, max_tokens=max_tokens, stream=True)
+        return await stream_text(stream)
+
+    answers = {prompt: asyncio.ensure_future(one(prompt)) for prompt in (f"prompt {n:02}" for n in range(count))}
+    await application.until(lambda: sum(application.metric("manta:num_requests_running")) == count)
+    return answers
+
+
+async def finish(application: Application, answers: dict[str, "asyncio.Task[str]"], max_tokens: int) -> None:
+    for prompt, answer in answers.items():
+        assert await answer == application.expected(prompt, max_tokens)
+
+
+@scenario
+async def test_scaling_down_hands_streams_over_and_ends_long_before_they_do(application: Application) -> None:
+    answers = await begin(application, 8, LONG)
+    before = set(application.replicas())
+    lost = sum(application.metric("manta:request_continuations_total{.*lost.*}"))
+    begun = time.monotonic()
+    await asyncio.to_thread(application.deploy, num_replicas=1)
+    await application.until(lambda: len(application.replicas()) == 1)
+    assert time.monotonic() - begun < DRAIN_S
+    assert set(application.replicas()) < before, "the other replica stays"
+    assert not any(answer.done() for answer in answers.values())
+    await finish(application, answers, LONG)
+    assert sum(application.metric("manta:request_continuations_total{.*lost.*}")) == lost
+    await asyncio.to_thread(application.deploy, num_replicas=2)
+    await application.until(lambda: len(application.replicas()) == 2)
+
+
+@scenario
+async def test_a_new_version_of_everything_drops_nothing(application: Application) -> None:
+    answers = await begin(application, 8, LONG)
+    old, gateways = set(application.replicas()), set(application.gateways())
+    refused: list[Exception] = []
+    served = 0
+    over = asyncio.Event()
+
+    async def keep_asking() -> None:
+        nonlocal served
+        client = application.client()
+        while not over.is_set():
+            try:
+                answer = await client.completions.create(model="fake", prompt="hello", max_tokens=5)
+                assert answer.choices[0].text == application.expected("hello", 5)
+                served += 1
+            except openai.OpenAIError as error:
+                refused.append(error)
+            await asyncio.sleep(0.05)
+
+    asking = asyncio.ensure_future(keep_asking())
+    await asyncio.to_thread(application.deploy, args={"engine": {"model": application.model, "max_model_len": 5000}})
+    await application.until(lambda: not old & set(application.replicas()), 40.0)
+    assert set(application.gateways()) - gateways, "the gateways are new as well"
+    await finish(application, answers, LONG)
+    over.set()
+    await asking
+    assert refused == [] and served > 50
+    await application.until(lambda: not gateways & set(application.gateways()), 40.0)
