@@ -115,7 +115,7 @@ def test_serves_a_model_and_leaves_nothing_behind(server: tuple[Server, str], mo
     # The printed command is meant to be pasted.
     command = printed[printed.index("curl") :].replace("\\\n", " ")
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True).stdout
-    events = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+    events = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: ")]
     assert events[-1] == "[DONE]"
     assert json.loads(events[0])["choices"][0]["delta"]["role"] == "assistant"
 
@@ -284,7 +284,7 @@ def test_stopping_lets_streams_finish_for_a_while_and_then_tells_them(by_whom: s
             body |= {"stream": True, "ignore_eos": True}
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
                 assert response.status_code == 200
-                return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+                return [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
 
         def running_requests() -> float:
             exposition = httpx.get(f"{url}/metrics").text
