@@ -10,7 +10,7 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,11 @@ class KVHostActor:
     """Keeps pages for the replicas of its node. Ray starts it again, on the same path, when its process dies."""
 
     # Ray awaits the constructor of an actor with asynchronous methods, which Python's typing does not know of.
-    async def __init__(self, directory: str, config: KVTierConfig) -> None:  # type: ignore[misc]
-        """Listens at `host_directory`. Raises HostError."""
+    async def __init__(  # type: ignore[misc]
+        self, directory: str, config: KVTierConfig, prepare: Callable[[], None]
+    ) -> None:
+        """Listens at `host_directory`. `prepare` is called first, in this process. Raises HostError."""
+        prepare()
         self._directory = Path(directory)
         self._config = config
         self._peers = RayPeers()
@@ -145,9 +148,14 @@ def resolve(config: KVTierConfig) -> HostConfig:
     return HostConfig(memory, config.disk, config.disk_size)
 
 
-def start_hosts(application: str, config: KVTierConfig) -> dict[str, Any]:
+def _do_nothing() -> None:
+    pass
+
+
+def start_hosts(application: str, config: KVTierConfig, prepare: Callable[[], None] = _do_nothing) -> dict[str, Any]:
     """The handle of the host of every living node, by node id; starts those that are missing.
 
+    `prepare`, which must be importable there, is the first that each does in its process: its logging.
     They are detached, so that they survive whoever calls this: that one renews them, and ends them by `end_hosts`.
     """
     return {
@@ -161,7 +169,7 @@ def start_hosts(application: str, config: KVTierConfig) -> dict[str, Any]:
             max_restarts=-1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         )
-        .remote(str(host_directory(application, node)), config)
+        .remote(str(host_directory(application, node)), config, prepare)
         for node in ray.nodes()
         if node["Alive"]
     }

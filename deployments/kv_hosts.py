@@ -5,9 +5,11 @@ They end with the application: Serve lets this one say goodbye, and if it cannot
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -24,6 +26,8 @@ from monitoring.recorder import Delta, Recorder
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
+START_EVERY = 5
+"""Periods between two looks for nodes without a host: one whose host cannot start is not to be kept busy with that."""
 ANSWER_TIMEOUT_S = 10.0
 """For a host to answer; one that starts again after a crash reads its disk first."""
 _NODE_LABEL = 12
@@ -84,6 +88,8 @@ class KVHosts:
         self._application = serve.get_replica_context().app_name
         self._keeper = time.time_ns()
         self._hosts: dict[str, Any] = {}
+        self._silent: set[str] = set()
+        """Nodes whose hosts did not answer when last asked, which has been said."""
         recorder = Recorder()
         self._meter = HostMeter(recorder)
         push = hub.options(method_name="push")
@@ -91,14 +97,20 @@ class KVHosts:
         async def send(delta: Delta) -> None:
             await push.remote(f"kv-hosts-{self._keeper}/{os.getpid()}", delta)
 
-        self._hosts = await asyncio.to_thread(start_hosts, self._application, config)
+        self._hosts = await asyncio.to_thread(self._start)
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._keep()), loop.create_task(MetricsPusher(recorder, send).run())]
 
+    def _start(self) -> dict[str, Any]:
+        return start_hosts(self._application, self._config, partial(configure_logging, "kv host"))
+
     async def _keep(self) -> None:
-        while True:
+        for period in itertools.count(1):
             try:
-                self._hosts = await asyncio.to_thread(start_hosts, self._application, self._config)
+                if period % START_EVERY == 0:
+                    known, self._hosts = self._hosts, await asyncio.to_thread(self._start)
+                    for node in known.keys() - self._hosts.keys():
+                        self._meter.forget(node[:_NODE_LABEL])
                 await asyncio.gather(*(self._renew(node) for node in self._hosts))
             except Exception:
                 logger.exception("The KV hosts cannot be looked after")
@@ -110,12 +122,21 @@ class KVHosts:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 self._meter.update(label, await self._hosts[node].renew.remote(self._keeper, self._config, others))
+            self._silent.discard(node)
         except (ray.exceptions.RayError, TimeoutError) as error:
             self._meter.forget(label)
-            logger.debug("The KV host of node %s does not answer: %s", label, error)
+            if node not in self._silent:
+                self._silent.add(node)
+                logger.warning("The KV host of node %s does not answer: %s", label, _why(error))
 
     async def __del__(self) -> None:
         # Serve awaits this at the end of a graceful shutdown.
         for task in getattr(self, "_tasks", ()):
             task.cancel()
         await end_hosts(self._keeper, list(self._hosts.values()))
+
+
+def _why(error: BaseException) -> str:
+    """The last line of what Ray says: the exception itself, below the stack of another process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -219,9 +219,10 @@ class LayoutDisk:
         for slot, header, error in zip(slots, headers, written, strict=False):
             if error is not None:
                 self.table.give_back(_WRITER, slot)
-                self._tier.switch_off(error)
             elif self.table.commit(_WRITER, slot, header.key, header.parent, header.crc) is not None:
                 self._tags[slot] = tag_of(header.key)
+        if written and written[-1] is not None:
+            self._tier.switch_off(written[-1])
 
     async def read(self, keys: Sequence[bytes], views: Sequence[NDArray[np.uint8]]) -> list[tuple[bytes, int] | None]:
         """See `Disk.read`. A page that is not whole is deleted and counted."""

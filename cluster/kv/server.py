@@ -47,6 +47,9 @@ HELLO_TIMEOUT_S = 10.0
 MAX_UNREAD_BYTES = 32 * 2**20
 """What a client may leave unread before its connection ends."""
 MAX_CLIENTS = 256
+ROOM_FOR_OTHERS = 8
+"""This part of the file system in memory is left to others: Ray's object store lies there too, and neither can do
+without the memory that it was promised."""
 MIN_SLOTS = 2
 """A store needs one slot to write to and one to read from."""
 MAX_PAGE_BYTES = 2**30
@@ -229,7 +232,8 @@ class KVServer:
 
     def _make_segment(self, page_bytes: int, num_disk: int) -> Segment:
         left = self._config.memory_bytes - sum(_size(store.segment) for store in self._stores.values())
-        room = shutil.disk_usage(self._config.segments).free
+        free = shutil.disk_usage(self._config.segments).free
+        room = free - free // ROOM_FOR_OTHERS
         if room < left:
             logger.warning("%s has room for %d bytes, not the %d to be used", self._config.segments, room, left)
         fixed = segment_bytes(1, page_bytes, num_disk) - round_up(page_bytes)

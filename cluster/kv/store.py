@@ -7,6 +7,7 @@ the server's.
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -31,6 +32,8 @@ PIECE_BYTES = 16 * 2**20
 MAX_CREDIT = 32
 MAX_AHEAD = 64
 """Slots kept free, at most, so that whoever needs one does not wait for the disk."""
+DISK_PATIENCE_S = 1.0
+"""How long a piece may take to be written before clients get slots at the cost of pages that are not on disk."""
 
 
 class Disk(Protocol):
@@ -75,6 +78,8 @@ class Store:
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._demotion: asyncio.Task[None] | None = None
+        self._writing_since = 0.0
+        self._reminder: asyncio.TimerHandle | None = None
         self._wanted = 0
         """Free slots that a load waits for."""
 
@@ -83,16 +88,17 @@ class Store:
         """Pages that are brought into memory at once."""
         return max(1, min(PIECE_BYTES // self.segment.page_bytes, self.segment.num_slots // 4))
 
-    async def grant(self, owner: Owner, count: int) -> list[int]:
-        """Up to `count` slots that the owner may write to, with memory behind each."""
-        slots, gone = self.table.grant(owner, count)
-        self._forget(gone)
-        self._counters.evictions_total += sum(not self._on_disk(page.key) for page in gone)
+    async def grant(self, client: Owner, count: int) -> list[int]:
+        """Up to `count` slots that the client may write to, with memory behind each.
+
+        No more than the disk makes room for: a client's pages can wait where they are, and are found there meanwhile.
+        """
         self._keep_ahead()
-        bare = [slot for slot in slots if not self._backed[slot]]
-        if bare:
-            await asyncio.shield(self._start(self._back(owner, bare)))
-        return [slot for slot in slots if self._backed[slot]]
+        if self._disk_keeps_up() and count > self.table.num_free:
+            count = self.table.num_free
+            if self._reminder is None:
+                self._reminder = asyncio.get_running_loop().call_later(DISK_PATIENCE_S, self._remind)
+        return await self._take(client, count)
 
     def commit(self, owner: Owner, entries: Iterable[Entry]) -> None:
         """The owner has written these pages. Raises SlotError.
@@ -165,12 +171,25 @@ class Store:
 
     async def close(self) -> None:
         """Waits for what is under way and removes the segment. Pages in memory are gone, those on disk stay."""
+        if self._reminder is not None:
+            self._reminder.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self.disk is not None:
             await self.disk.close()
         self.segment.unlink()
         self.segment.close()
+
+    async def _take(self, owner: Owner, count: int) -> list[int]:
+        """Slots with memory behind each; pages that nobody needs go for them, on disk or not."""
+        slots, gone = self.table.grant(owner, count)
+        self._forget(gone)
+        self._counters.evictions_total += sum(not self._on_disk(page.key) for page in gone)
+        self._keep_ahead()
+        bare = [slot for slot in slots if not self._backed[slot]]
+        if bare:
+            await asyncio.shield(self._start(self._back(owner, bare)))
+        return [slot for slot in slots if self._backed[slot]]
 
     async def _back(self, owner: Owner, bare: Sequence[int]) -> None:
         """Gets memory for slots that have never had any; those for which there is none are given up."""
@@ -203,7 +222,7 @@ class Store:
     async def _load_from_disk(self, keys: Sequence[bytes], pin: Callable[[bytes], object]) -> None:
         assert self.disk is not None
         await self._free(len(keys))
-        slots = await self.grant(HOST, len(keys))
+        slots = await self._take(HOST, len(keys))
         views = [self.segment.slot(slot) for slot in slots]
         read = await self.disk.read(keys[: len(slots)], views)
         for key, slot, header in zip(keys, slots, read, strict=False):
@@ -218,7 +237,7 @@ class Store:
         copies = await self._peers.pages(peer, self.layout, keys)
         copies = copies[: len(keys)]
         await self._free(len(copies))
-        slots = await self.grant(HOST, len(copies))
+        slots = await self._take(HOST, len(copies))
         for key, slot, copy in zip(keys, slots, copies, strict=False):
             whole = copy.key == key != copy.parent and len(copy.content) == self.segment.page_bytes
             if not whole or crc32c(copy.content) != copy.crc:
@@ -233,7 +252,17 @@ class Store:
     def _keep_ahead(self) -> None:
         """Writes the coldest pages to disk while few slots are free."""
         if self._demotion is None and self._short() > 0:
+            self._writing_since = time.monotonic()
             self._demotion = self._start(self._demote())
+
+    def _disk_keeps_up(self) -> bool:
+        """Whether pages are on their way to disk, and not for too long."""
+        return self._demotion is not None and time.monotonic() - self._writing_since < DISK_PATIENCE_S
+
+    def _remind(self) -> None:
+        """Clients were given fewer slots than they may have; the disk may not have kept up since."""
+        self._reminder = None
+        self.on_free()
 
     def _short(self) -> int:
         """How many more slots should be free; none without a disk to write what is in them to."""
@@ -259,6 +288,7 @@ class Store:
                 pages = self.table.start_leaving(min(short, self.piece))
                 if not pages:
                     break
+                self._writing_since = time.monotonic()
                 await self.disk.write([(page, self.segment.slot(page.slot)) for page in pages])
                 gone = [page for page in pages if self.table.finish_leaving(page, go=self._on_disk(page.key))]
                 self._forget(gone)
@@ -268,6 +298,8 @@ class Store:
                     break
         finally:
             self._demotion = None
+            if not self.disk.writable:  # Nobody waits for it any more.
+                self.on_free()
 
     def _on_disk(self, key: bytes) -> bool:
         return self.disk is not None and key in self.disk

@@ -1,6 +1,7 @@
 """Pages that do not fit in memory: on disk and back, and from one node to another, as a client sees it."""
 
 import asyncio
+import errno
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.kv.disk import LayoutDisk
 from cluster.kv.host_config import HostConfig
 from cluster.kv.peers import PageCopy
 from cluster.kv.segment import segment_bytes
@@ -67,6 +69,43 @@ async def test_what_memory_has_no_room_for_comes_back_from_disk(place: Path) -> 
             await client.release(found.ticket)
         assert server.stats().promotions_total > 0
         assert all(client.segment.may_have(key_of(name)) for names in MANY for name in names)
+
+
+async def test_nothing_is_lost_to_a_client_that_is_faster_than_the_disk(place: Path) -> None:
+    async with Host(place) as server, connected(server.socket) as client:
+        for names in MANY:
+            await client.put(*names)
+        assert server.stats().evictions_total == 0
+        for names in MANY:
+            assert len((await client.find(*names)).slots) == 5
+
+
+async def test_a_disk_that_hangs_holds_nobody_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.kv.store.DISK_PATIENCE_S", 0.05)
+    hanging = asyncio.Event()
+
+    async def hang(disk: LayoutDisk, pages: object) -> None:
+        await hanging.wait()
+
+    monkeypatch.setattr(LayoutDisk, "write", hang)
+    async with Host(place) as server, connected(server.socket) as client:
+        for names in MANY:
+            await client.put(*names)
+        assert server.stats().evictions_total > 0
+        hanging.set()
+
+
+async def test_a_disk_that_fails_holds_nobody_up(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cluster.kv.disk.write_page", fail)
+    async with Host(place) as server, connected(server.socket) as client:
+        for names in MANY:
+            await client.put(*names)
+        found = await client.find(*MANY[-1])
+        client.check(found.slots, found.crcs, *MANY[-1])
+        assert server.stats().disk_errors_total == 1
 
 
 async def test_a_run_is_found_across_memory_and_disk(place: Path) -> None:
