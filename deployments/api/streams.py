@@ -184,7 +184,11 @@ class Streams:
     async def _written(
         self, record: Record, begin: Callable[[], Awaitable[Answering]], *, keep: bool
     ) -> AsyncGenerator[bytes]:
-        """A stream's events as they are written, and the record of it. `keep`: also once it is complete."""
+        """A stream's events as they are written, and the record of it.
+
+        `keep`: also once it is complete; then the first event comes when the store knows the stream and no earlier.
+        Others do not wait: most of their clients never come back, and all of them want their first token soon.
+        """
         assert self._keeper is not None
         complete = False
         try:
@@ -193,7 +197,7 @@ class Streams:
                 answer = await begin()
                 async with aclosing(answer.events()) as events:
                     async for event in events:
-                        if not record.settled.is_set():
+                        if keep and not record.settled.is_set():
                             await self._keeper.opened(record)
                         yield event
                 complete = True

@@ -25,7 +25,7 @@ MENTION_S = 1.0
 """Longest silence about a stream that brings nothing, so that its lease does not end."""
 CALL_TIMEOUT_S = 5.0
 OPENING_S = 1.0
-"""How long a stream's first event waits for the store to know the stream."""
+"""How long the first event of a stream that is to be resumable waits for the store to know the stream."""
 KEEP_UNSENT_S = 60.0
 """How long a complete answer waits here for a store that is away."""
 MAX_UNSENT_CLOSED = 10_000

@@ -39,6 +39,9 @@ class LocalStore:
     def is_complete(self, stream_id: str) -> bool:
         return self.table._rows[stream_id].finished is not None
 
+    def knows(self, stream_id: str) -> bool:
+        return stream_id in self.table._rows
+
     def num_entries(self, stream_id: str) -> int:
         return len(self.table._rows[stream_id].log)
 
@@ -99,6 +102,10 @@ class Connection:
         if not message.get("more_body"):
             self._parts.put_nowait(None)
 
+    @property
+    def stream_id(self) -> str:
+        return self.headers["x-manta-stream-id"]
+
     async def read(self, count: int = 1_000_000) -> list[str]:
         """The next so many events, or those until the end."""
         found: list[str] = []
@@ -120,12 +127,12 @@ class Connection:
 class Gateways:
     """A cluster's HTTP side."""
 
-    def __init__(self, script: Script | None = None, **streams: float) -> None:
+    def __init__(self, script: Script | None = None, max_queued_requests: int = 100, **streams: float) -> None:
         text = text_model()
         self.text = text
         self.clock = Clock()
         self.backend = FakeBackend(script or Script(text, delay=0.002), card())
-        self.config = GatewayConfig.model_validate({"streams": streams})
+        self.config = GatewayConfig.model_validate({"max_queued_requests": max_queued_requests, "streams": streams})
         self.store = LocalStore(self.new_table())
         self.recorders: list[Recorder] = []
         self.keepers: list[StreamKeeper] = []

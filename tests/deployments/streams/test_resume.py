@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "PERIOD_S", 0.01)
+    monkeypatch.setattr(keeper, "LEAST_PERIOD_S", 0.005)
     monkeypatch.setattr(keeper, "IDLE_PERIOD_S", 0.02)
     # The second in which an answer was created stands in it.
     monkeypatch.setattr(messages.time, "time", lambda: 1_700_000_000.0)
@@ -82,6 +83,11 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.002)
 
 
+async def kept(gateways: Gateways, client: Connection) -> None:
+    """Returns when the store knows the client's stream."""
+    await until(lambda: gateways.store.knows(client.stream_id))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 async def test_what_a_killed_gateway_began_another_one_ends_with_the_same_bytes(gateways: Gateways, kind: str) -> None:
     path, changes = KINDS[kind]
@@ -93,10 +99,18 @@ async def test_what_a_killed_gateway_began_another_one_ends_with_the_same_bytes(
         dying = await gateways.add()
         client = ask(gateways, dying, path, **changes)
         first = await client.read(count)
+        await kept(gateways, client)
         gateways.stop(dying)
         await client.leave()
         rest = await come_back(gateways, 1, first[-1]).read()
         assert data_of(first + rest) == data_of(whole)
+
+
+async def test_a_resumable_stream_can_be_resumed_from_its_first_event_on(gateways: Gateways) -> None:
+    for _ in range(5):
+        client = ask(gateways, 0, headers=RESUMABLE)
+        await client.read(1)
+        assert gateways.store.knows(client.stream_id)
 
 
 async def test_an_orphan_goes_on_before_its_client_comes_back(gateways: Gateways) -> None:
@@ -104,7 +118,7 @@ async def test_an_orphan_goes_on_before_its_client_comes_back(gateways: Gateways
     dying = await gateways.add()
     client = ask(gateways, dying, n=2, logprobs=True)
     first = await client.read(5)
-    stream_id = client.headers["x-manta-stream-id"]
+    stream_id = client.stream_id
     await until(lambda: gateways.store.num_entries(stream_id) >= 4)
     gateways.stop(dying)
     await client.leave()
@@ -175,7 +189,7 @@ async def test_a_client_that_stays_away_for_longer_than_the_grace_period_finds_n
 async def test_what_is_complete_is_kept_for_a_while_and_ends_a_browsers_attempts(gateways: Gateways) -> None:
     client = ask(gateways, 0, headers=RESUMABLE)
     whole = await client.read()
-    stream_id = client.headers["x-manta-stream-id"]
+    stream_id = client.stream_id
     await until(lambda: gateways.store.is_complete(stream_id))
     for gateway in (0, 1):
         again = gateways.connect(gateway, f"/v1/streams/{stream_id}?starting_after=2")
@@ -206,6 +220,7 @@ async def test_the_latest_connection_of_a_client_gets_the_stream_and_an_older_on
         for gateway in (0, 1):
             older = ask(gateways, 0, headers=headers)
             first = await older.read(3)
+            await kept(gateways, older)
             newer = come_back(gateways, gateway, first[-1])
             second = await newer.read(2)
             left = await older.read()
@@ -220,6 +235,7 @@ async def test_a_gateway_that_was_only_slow_keeps_the_stream_that_its_client_sti
     slow = await gateways.add()
     client = ask(gateways, slow)
     first = await client.read(3)
+    await kept(gateways, client)
     gateways.stop(slow)
     gateways.lapse()
     await until(lambda: len(gateways.backend.requests) == 2)
@@ -235,7 +251,7 @@ async def test_without_a_store_streams_are_what_they_were(gateways: Gateways, mo
     gateways.store.is_away = True
     client = ask(gateways, 0)
     assert (await client.read())[-1].endswith("data: [DONE]\n\n")
-    lost = gateways.connect(1, f"/v1/streams/{client.headers['x-manta-stream-id']}")
+    lost = gateways.connect(1, f"/v1/streams/{client.stream_id}")
     error = json.loads((await lost.read())[0])["error"]
     assert (lost.status, error["code"]) == (503, "not_ready")
 
@@ -245,6 +261,7 @@ async def test_a_store_that_was_started_anew_is_told_everything_again(gateways: 
     dying = await gateways.add()
     client = ask(gateways, dying)
     first = await client.read(4)
+    await kept(gateways, client)
     gateways.store.table = gateways.new_table()
     first += await client.read(2)
     await until(lambda: len(gateways.store.table) == 1)
@@ -256,11 +273,11 @@ async def test_a_store_that_was_started_anew_is_told_everything_again(gateways: 
 async def test_streams_that_do_not_fit_are_not_kept_and_go_on(caplog: pytest.LogCaptureFixture) -> None:
     gateways = Gateways(Script(text_model(), ANSWERS, delay=0.002), max_streams=1)
     await gateways.add()
-    kept, unkept = ask(gateways, 0), ask(gateways, 0)
-    first = await kept.read(1)
-    other = await unkept.read()
+    fits, does_not = ask(gateways, 0), ask(gateways, 0)
+    first = await fits.read(1)
+    other = await does_not.read()
     assert other[-1].endswith("data: [DONE]\n\n")
-    assert data_of(first + await kept.read()) == data_of(other)
+    assert data_of(first + await fits.read()) == data_of(other)
     assert sum("is full" in record.message for record in caplog.records) == 1
 
 
@@ -321,3 +338,23 @@ async def test_streams_that_are_not_kept_have_no_ids() -> None:
     assert all(event.startswith("data: ") for event in await client.read())
     assert "x-manta-stream-id" not in client.headers
     assert gateways.store.reports == []
+
+
+async def test_a_gateway_that_is_full_refuses_streams_that_may_be_left_and_takes_on_no_orphans() -> None:
+    gateways = Gateways(Script(text_model(), ("one two three four five " * 8,), delay=0.01), max_queued_requests=1)
+    full, dying = await gateways.add(), await gateways.add()
+    reading = ask(gateways, full)
+    await reading.read(1)
+    refused = ask(gateways, full, headers=RESUMABLE)
+    error = json.loads((await refused.read())[0])["error"]
+    assert (refused.status, error["code"]) == (429, "rate_limit_exceeded")
+    client = ask(gateways, dying)
+    await client.read(1)
+    await kept(gateways, client)
+    gateways.stop(dying)
+    gateways.lapse()
+    await asyncio.sleep(0.1)
+    assert gateways.counted("manta:adopted_streams_total") == 0
+    await reading.leave()
+    await asyncio.sleep(0.1)
+    assert gateways.counted("manta:adopted_streams_total") == 1
