@@ -2,11 +2,12 @@
 
 python -m benchmarks.chaos --kills 200 --replicas 2
 python -m benchmarks.chaos --kills 20 --signal STOP
+python -m benchmarks.chaos --kills 20 --model s135m --words 4096 --max-tokens 150 --decoding [--no-kv-host]
 
 The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
-A gap is how much longer than usual a stream was silent at the kill that cut it. The next kill waits until as many
-replicas as there should be have loaded the model, so that a gap tells how soon a death is noticed, and not how long it
-takes to start a replica.
+Every kill has caches of its own (a salt), so that what one round has computed helps no other. A gap is how much longer
+than usual a stream was silent at the kill that cut it. The next kill waits until as many replicas as there should be
+have loaded the model, so that a gap tells how soon a death is noticed, and not how long it takes to start a replica.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import machine, models, processes
-from benchmarks.chaos_streams import PROMPT, Answer, Kind, ask, kinds
+from benchmarks.chaos_streams import PROMPT, Answer, Kind, ask, kinds, lengthened, salted
 from benchmarks.start import is_ready, reachable, wait
 from deployments.private_ray import free_ports
 
@@ -120,34 +121,54 @@ async def ask_and_kill(
     return answers, moment
 
 
-def undisturbed(url: str, model: str, prompt: str, max_tokens: int) -> tuple[list[Kind], list[Answer], float]:
-    """The kinds, their answers when nothing happens, and how long all of them take together."""
-    greedy = asyncio.run(ask_all(url, kinds(model, prompt, max_tokens, "\0")[:1]))[0]
+@dataclass(frozen=True, slots=True)
+class Calm:
+    """What happens when nothing happens."""
+
+    asked: list[Kind]
+    answers: list[Answer]
+    begun: float
+    """Seconds until every stream has begun."""
+    seconds: float
+    """Until all answers are complete."""
+
+
+def undisturbed(url: str, model: str, prompt: str, words: int, max_tokens: int) -> Calm:
+    """Asks every kind twice; the answers must agree."""
+    greedy = asyncio.run(ask_all(url, lengthened(kinds(model, prompt, max_tokens, "\0")[:1], words)))[0]
     if greedy.error is not None:
         raise SystemExit(f"the server does not answer: {greedy.error}")
     text = greedy.choices[0].text
-    asked = kinds(model, prompt, max_tokens, text[3 * len(text) // 4 :][:12])
+    asked = lengthened(kinds(model, prompt, max_tokens, text[3 * len(text) // 4 :][:12]), words)
+    answers = asyncio.run(ask_all(url, salted(asked, "calm")))
     begin = time.monotonic()
-    answers = asyncio.run(ask_all(url, asked))
+    again = asyncio.run(ask_all(url, salted(asked, "calm again")))
     seconds = time.monotonic() - begin
-    for kind, answer, again in zip(asked, answers, asyncio.run(ask_all(url, asked)), strict=True):
-        if (found := answer.error or again.difference(answer)) is not None:
+    for kind, one, other in zip(asked, answers, again, strict=True):
+        if (found := one.error or other.difference(one)) is not None:
             raise SystemExit(f"{kind.name} is not the same twice, with nothing killed: {found}")
-    return asked, answers, seconds
+    streams = [answer for kind, answer in zip(asked, again, strict=True) if kind.body.get("stream")]
+    begun = max(answer.times[0] for answer in streams) - begin
+    tokens = [answer.usage["prompt_tokens"] for answer in answers if answer.usage]
+    print(
+        f"prompts of {min(tokens)} to {max(tokens)} tokens; {begun:.1f} s until all have begun, {seconds:.1f} s in all"
+    )
+    return Calm(asked, answers, begun, seconds)
 
 
-def run_kills(
-    server: Server, asked: Sequence[Kind], wanted: Sequence[Answer], seconds: float, kills: int, how: int, seed: int
-) -> dict[str, Row]:
-    """Kills one replica after the other, each under all kinds of requests at once."""
+def run_kills(server: Server, calm: Calm, kills: int, how: int, seed: int, *, decoding: bool) -> dict[str, Row]:
+    """Kills one replica after the other, each under all kinds of requests at once; with `decoding` once all streams
+    have begun."""
+    asked, wanted = calm.asked, calm.answers
+    earliest = min(calm.begun, 0.8 * calm.seconds) if decoding else 0.02
     rng = random.Random(seed)
     rows = {kind.name: Row() for kind in asked}
     with httpx.Client(base_url=server.url, timeout=ANSWER_TIMEOUT_S) as http:
         for number in range(1, kills + 1):
             cut_before = sum(_series(http, "manta:request_continuations_total"))
             victim = rng.choice(server.replicas())
-            delay = rng.uniform(0.02, 0.9 * seconds)
-            answers, moment = asyncio.run(ask_and_kill(server, asked, delay, victim, how))
+            delay = rng.uniform(earliest, 0.9 * calm.seconds)
+            answers, moment = asyncio.run(ask_and_kill(server, salted(asked, str(number)), delay, victim, how))
             gaps = []
             for kind, answer, expected in zip(asked, answers, wanted, strict=True):
                 row = rows[kind.name]
@@ -203,7 +224,10 @@ def main() -> None:
     parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
     parser.add_argument("--model", default="manta-tiny", help=f"{', '.join(models.SHAPES)}, or what manta serve takes")
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--words", type=int, default=0, help="more in every prompt, each of its own")
     parser.add_argument("--max-tokens", type=int, default=300)
+    parser.add_argument("--decoding", action="store_true", help="kill once every stream has begun")
+    parser.add_argument("--no-kv-host", action="store_true", help="without memory that outlives a replica")
     parser.add_argument("--seed", type=int, default=0, help="of who is killed, and when")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -211,11 +235,13 @@ def main() -> None:
     facts = machine.describe(os.cpu_count() or 1)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        server = Server([path, "--served-model-name", "model"], arguments.replicas, Path(directory) / "serve.log")
+        options = ["--kv-host-memory", "0"] if arguments.no_kv_host else []
+        command = [path, "--served-model-name", "model", *options]
+        server = Server(command, arguments.replicas, Path(directory) / "serve.log")
         try:
-            asked, wanted, seconds = undisturbed(server.url, "model", arguments.prompt, arguments.max_tokens)
+            calm = undisturbed(server.url, "model", arguments.prompt, arguments.words, arguments.max_tokens)
             how = getattr(signal, f"SIG{arguments.signal}")
-            rows = run_kills(server, asked, wanted, seconds, arguments.kills, how, arguments.seed)
+            rows = run_kills(server, calm, arguments.kills, how, arguments.seed, decoding=arguments.decoding)
         finally:
             server.close()
     print(table(rows))

@@ -5,9 +5,9 @@ Knows the API and nothing of who is killed, nor when.
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise, takewhile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice, pairwise, takewhile
 from statistics import median
 from typing import Any
 
@@ -106,6 +106,31 @@ def kinds(model: str, prompt: str, max_tokens: int, stop: str) -> list[Kind]:
         Kind("in one piece", completions, {**text, **seeded, "n": 2}),
         Kind("echo, logprobs", completions, {**text, **greedy, "echo": True, "logprobs": 1}),
     ]
+
+
+def lengthened(asked: Sequence[Kind], words: int) -> list[Kind]:
+    """The same with prompts of so many words more, which begin differently: none finds what another has computed.
+
+    Only the stop string's prompt is the greedy one's, as it waits for something that the greedy answer says.
+    """
+    return [_lengthened(kind, 0 if kind.name == "stop string" else number, words) for number, kind in enumerate(asked)]
+
+
+def _lengthened(kind: Kind, number: int, words: int) -> Kind:
+    def longer(prompt: str) -> str:
+        return " ".join([str(number), *islice(cycle(PROMPT.split()), words), prompt])
+
+    body = dict(kind.body)
+    if "prompt" in body:
+        body["prompt"] = longer(body["prompt"])
+    else:
+        body["messages"] = [{**message, "content": longer(message["content"])} for message in body["messages"]]
+    return replace(kind, body=body)
+
+
+def salted(asked: Sequence[Kind], salt: str) -> list[Kind]:
+    """The same, apart from what any cache holds of another salt."""
+    return [replace(kind, body={**kind.body, "cache_salt": salt}) for kind in asked]
 
 
 async def ask(http: httpx.AsyncClient, kind: Kind) -> Answer:
