@@ -190,10 +190,10 @@ def host_socket(application: str) -> Path:
     return host_directory(application, node) / SOCKET_NAME
 
 
-def find_host(application: str) -> Path | None:
-    """The socket of the host of this process's node; None if there is none."""
+def host_finder(application: str) -> Callable[[], Path | None]:
+    """Finds the socket of the host of this process's node, None while there is none; asks Ray only now."""
     socket = host_socket(application)
-    return socket if socket.exists() else None
+    return lambda: socket if socket.exists() else None
 
 
 def host_directory(application: str, node: Mapping[str, Any]) -> Path:

@@ -8,14 +8,13 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.kv_host import find_host
+from cluster.kv_host import host_finder
 from deployments.engine_thread import EngineLike, EngineStopped, EngineThread
 from deployments.links import FrameStreams
 from deployments.logs import configure_logging
@@ -88,7 +87,7 @@ class LLMReplica:
         """
         context = serve.get_replica_context()
         self._replica_id = context.replica_id.unique_id
-        host = None if hosts is None else partial(find_host, context.app_name)
+        host = None if hosts is None else host_finder(context.app_name)
         configure_logging(f"replica {self._replica_id}")
         self._loop = asyncio.get_running_loop()
         self._stuck: str | None = None
