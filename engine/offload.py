@@ -31,6 +31,8 @@ class Offload:
         self._saving: set[int] = set()
         """Pages with a reference of ours."""
         self._loading: dict[int, Sequence] = {}
+        self._guessed: set[int] = set()
+        """Loads that were decided on before anything was known of what computing costs: no score is kept of them."""
         self.prefill = PrefillCost()
         self.score = Score()
 
@@ -119,6 +121,8 @@ class Offload:
             return prefill.seconds(done, total - done)
 
         self._loading[sequence.sequence_id] = sequence
+        if not prefill.known:
+            self._guessed.add(sequence.sequence_id)
         self._tier.load(Load(sequence.sequence_id, keys[first:], sequence.pages[first : len(keys)], recompute_seconds))
         return True
 
@@ -133,7 +137,10 @@ class Offload:
                     self._saving.remove(page)
                     saved.append(page)
                 case Loaded(ticket, num_pages):
-                    self.score.add(answer)
+                    if ticket in self._guessed:
+                        self._guessed.remove(ticket)
+                    else:
+                        self.score.add(answer)
                     settled.append((self._loading.pop(ticket), num_pages))
         self._pool.release(saved)
         return settled

@@ -25,6 +25,11 @@ class PrefillCost:
         self._ts = self._ks = 0.0
         self._known = False
 
+    @property
+    def known(self) -> bool:
+        """Whether any iteration has been seen."""
+        return self._known
+
     def observe(self, tokens: int, keys: int, seconds: float) -> None:
         """An iteration that ran `tokens` tokens over `keys` keys; those of few tokens are not counted."""
         if tokens < LEAST_TOKENS:

@@ -97,11 +97,18 @@ def test_an_aborted_load_gives_its_pages_back_when_it_is_over() -> None:
 
 def test_loads_are_scored_against_what_was_predicted() -> None:
     contents: Contents = {}
-    for _ in range(2):
-        rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
-        rig.engine.add(request("x", list(range(18)), max_tokens=1))
-        run_to_end(rig.engine, rig.streams)
+    writer = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    for name in "ab":
+        writer.engine.add(request(name, list(range(18)), max_tokens=1, salt=name))
+        run_to_end(writer.engine, writer.streams)
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
     score = rig.scheduler.offload.score
+    rig.engine.add(request("a", list(range(18)), max_tokens=1, salt="a"))
+    run_to_end(rig.engine, rig.streams)
+    assert score.actual == score.saved == 0.0, "nothing was known yet of what computing costs"
+    rig.scheduler.offload.prefill.observe(100, 5050, 1.0)
+    rig.engine.add(request("b", list(range(18)), max_tokens=1, salt="b"))
+    run_to_end(rig.engine, rig.streams)
     assert (score.actual, score.predicted, score.saved, score.regretted) == (2.0, 1.0, 3.0, 0.0)
 
 

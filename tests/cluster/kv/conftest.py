@@ -28,6 +28,6 @@ def place() -> Iterator[Path]:
 @pytest.fixture
 def host(place: Path) -> Iterator[Host]:
     """A host in a process of its own; not started yet."""
-    made = Host(place / "host")
+    made = Host(place / "host", place / "shm")
     yield made
     made.stop()

@@ -11,8 +11,10 @@ PATIENCE_S = 20.0
 
 
 class Host:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, segments: Path) -> None:
+        """`segments`: a private folder that is really in memory."""
         self.folder = folder
+        self.segments = segments
         self.process: subprocess.Popen[str] | None = None
 
     @property
@@ -21,6 +23,7 @@ class Host:
 
     def start(self, memory: str = "1MiB", *options: str) -> None:
         command = [sys.executable, "-m", "cluster.kv.server", "--directory", str(self.folder), "--memory", memory]
+        command += ["--segments", str(self.segments)]
         self.process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline()
@@ -34,8 +37,6 @@ class Host:
             self.send(signal.SIGCONT)
             self.send(how)
             self.process.wait(PATIENCE_S)
-            for left in Path("/dev/shm").glob(f"manta-kv-{self.process.pid}-*"):
-                left.unlink()
             self.process = None
 
 
