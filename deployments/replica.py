@@ -55,15 +55,16 @@ EngineFactory = Callable[[EngineConfig, FindHost | None], ServedEngine]
 
 def load_engine(config: EngineConfig, find_host: FindHost | None) -> ServedEngine:
     """Builds the real engine. torch is imported here, in the engine's thread, not by whoever imports this module."""
-    from cluster.kv.client import TierClient
+    from cluster.kv.client import Bandwidth, TierClient
     from engine.build import build_engine
     from engine.kv.tier import PageMemory, Tier
 
     def make_tier(layout: bytes, memory: PageMemory) -> Tier:
         assert find_host is not None
-        return TierClient(find_host, layout, memory, name=f"replica {os.getpid()}")
+        bandwidth = Bandwidth(save=config.kv.offload_bandwidth)
+        return TierClient(find_host, layout, memory, name=f"replica {os.getpid()}", bandwidth=bandwidth)
 
-    return build_engine(config, None if find_host is None else make_tier)
+    return build_engine(config, make_tier if find_host is not None and config.kv.offload else None)
 
 
 class LLMReplica:
