@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-SILENCE_S = 2.0
+SILENCE_S = 4.0
 """After which it gives a connection up."""
 PATIENCE_S = 60.0
 CREATED = re.compile(r'"created":\d+,')
@@ -23,6 +23,7 @@ class Client:
     path: str
     body: dict[str, Any]
     name: str
+    headers: dict[str, str] = field(default_factory=dict)
     data: list[str] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     connections: int = 0
@@ -40,7 +41,7 @@ class Client:
     async def _read(self, http: httpx.AsyncClient) -> None:
         self.connections += 1
         if not self.ids:
-            asked = http.stream("POST", self.path, json=self.body, headers={"X-Request-Id": self.name})
+            asked = http.stream("POST", self.path, json=self.body, headers={**self.headers, "X-Request-Id": self.name})
         else:
             stream_id = self.ids[-1].partition(":")[0]
             asked = http.stream("GET", f"/v1/streams/{stream_id}", headers={"Last-Event-ID": self.ids[-1]})

@@ -149,7 +149,7 @@ def test_the_built_in_model_ends_at_one_gateway_what_it_began_at_another() -> No
         running.wait_for("curl")
         messages = [{"role": "user", "content": "Tell me a story about a cat."}]
         base = {"model": "manta-tiny", "messages": messages, "stream": True, "stream_options": {"include_usage": True}}
-        base |= {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
+        base |= {"max_tokens": 1000, "ignore_eos": True, "temperature": 0}
         ((story, _, _),) = text_of(asyncio.run(Client(url, "/v1/chat/completions", base, "first").run()))
         kinds = {
             "greedy": base,
@@ -161,14 +161,15 @@ def test_the_built_in_model_ends_at_one_gateway_what_it_began_at_another() -> No
 
         def clients() -> list[Client]:
             bodies = [(f"{kind}-{number}", body) for kind, body in kinds.items() for number in range(2)]
-            return [Client(url, "/v1/chat/completions", body, name) for name, body in bodies]
+            headers = {"X-Manta-Resumable": "true"}
+            return [Client(url, "/v1/chat/completions", body, name, headers) for name, body in bodies]
 
         async def run(kill_one: bool) -> list[Client]:
             asked = clients()
             running_clients = [asyncio.create_task(client.run()) for client in asked]
             if kill_one:
                 victim = gateways()[0]
-                while min(len(client.data) for client in asked) < 30:
+                while min(len(client.data) for client in asked) < 10:
                     await asyncio.sleep(0.01)
                 kill(victim, signal.SIGKILL)
             return list(await asyncio.gather(*running_clients))
