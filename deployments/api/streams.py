@@ -116,8 +116,8 @@ class Streams:
             if record.finished:
                 return Kept(stream_id, record.spec, record.log.since(0), finished=True)
             successor = Record(stream_id, record.spec, record.log.copy())
-            successor.num_sent = record.num_sent
-            keeper.add(successor)
+            successor.num_sent, successor.announced = record.num_sent, record.announced
+            keeper.add(successor, urgent=False)
             record.take_away()
         return self._go_on(successor, expected=True)
 
@@ -193,7 +193,7 @@ class Streams:
         complete = False
         try:
             with self._service.admitted():
-                self._keeper.add(record)
+                self._keeper.add(record, urgent=keep)
                 answer = await begin()
                 async with aclosing(answer.events()) as events:
                     async for event in events:
@@ -252,6 +252,7 @@ def _wants_resumable(headers: Headers) -> bool:
 def _record_of(kept: Kept, *, attended: bool) -> Record:
     record = Record(kept.stream_id, kept.spec, TokenLog.of(kept.log), attended=attended)
     record.num_sent = len(kept.log)
+    record.announced = True
     record.settled.set()
     return record
 

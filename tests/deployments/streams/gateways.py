@@ -43,7 +43,7 @@ class LocalStore:
         return stream_id in self.table._rows
 
     def num_entries(self, stream_id: str) -> int:
-        return len(self.table._rows[stream_id].log)
+        return len(self.table._rows[stream_id].log) if self.knows(stream_id) else 0
 
     async def report(self, report: Report) -> Answer:
         await asyncio.sleep(0)
