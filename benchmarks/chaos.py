@@ -33,6 +33,8 @@ from deployments.private_ray import free_ports
 
 ANSWER_TIMEOUT_S = 180.0
 _POLL_S = 0.1
+_LISTED_S = 1.5
+"""From the moment that a replica has loaded the model until every gateway has been told of it."""
 _LOADED = re.compile(r"^\S+ INFO replica (\w+): .* pages of \d+ tokens", re.MULTILINE)
 """What a replica logs once it has loaded the model."""
 
@@ -170,6 +172,7 @@ def run_kills(
                 if time.monotonic() > deadline:
                     raise SystemExit(f"the replica that was killed is not replaced after {ANSWER_TIMEOUT_S:.0f} s")
                 time.sleep(_POLL_S)
+            time.sleep(_LISTED_S)
     return rows
 
 
