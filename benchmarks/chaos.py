@@ -34,6 +34,8 @@ from deployments.private_ray import free_ports
 
 ANSWER_TIMEOUT_S = 180.0
 _POLL_S = 0.1
+_LISTED_S = 1.5
+"""From the moment that a replica has loaded the model until every gateway has been told of it."""
 _LOADED = re.compile(r"^\S+ INFO replica (\w+): .* pages of \d+ tokens", re.MULTILINE)
 """What a replica logs once it has loaded the model."""
 
@@ -191,6 +193,7 @@ def run_kills(server: Server, calm: Calm, kills: int, how: int, seed: int, *, de
                 if time.monotonic() > deadline:
                     raise SystemExit(f"the replica that was killed is not replaced after {ANSWER_TIMEOUT_S:.0f} s")
                 time.sleep(_POLL_S)
+            time.sleep(_LISTED_S)
     return rows
 
 

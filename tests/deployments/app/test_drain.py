@@ -30,11 +30,17 @@ async def finish(application: Application, answers: dict[str, "asyncio.Task[str]
         assert await answer == application.expected(prompt, max_tokens)
 
 
+def continued(application: Application, reason: str) -> float:
+    """How many streams have gone on elsewhere for a reason."""
+    (count,) = application.metric(f'manta:request_continuations_total{{[^}}]*reason="{reason}"[^}}]*}}')
+    return count
+
+
 @scenario
 async def test_scaling_down_hands_streams_over_and_ends_long_before_they_do(application: Application) -> None:
     answers = await begin(application, 8, LONG)
     before = set(application.replicas())
-    lost = sum(application.metric("manta:request_continuations_total{.*lost.*}"))
+    moved, lost = continued(application, "moved"), continued(application, "lost")
     begun = time.monotonic()
     await asyncio.to_thread(application.deploy, num_replicas=1)
     await application.until(lambda: len(application.replicas()) == 1)
@@ -42,7 +48,7 @@ async def test_scaling_down_hands_streams_over_and_ends_long_before_they_do(appl
     assert set(application.replicas()) < before, "the other replica stays"
     assert not any(answer.done() for answer in answers.values())
     await finish(application, answers, LONG)
-    assert sum(application.metric("manta:request_continuations_total{.*lost.*}")) == lost
+    assert (continued(application, "moved"), continued(application, "lost")) == (moved + 4, lost)
     await asyncio.to_thread(application.deploy, num_replicas=2)
     await application.until(lambda: len(application.replicas()) == 2)
 
@@ -76,3 +82,17 @@ async def test_a_new_version_of_everything_drops_nothing(application: Applicatio
     await asking
     assert refused == [] and served > 50
     await application.until(lambda: not gateways & set(application.gateways()), 40.0)
+
+
+@scenario
+async def test_the_only_replica_is_replaced_in_bounded_time_and_its_streams_go_on(application: Application) -> None:
+    await asyncio.to_thread(application.deploy, num_replicas=1)
+    await application.until(lambda: len(application.replicas()) == 1)
+    answers = await begin(application, 4, LONG)
+    old = set(application.replicas())
+    version = {"engine": {"model": application.model, "max_model_len": 4000}}
+    deployed = asyncio.create_task(asyncio.to_thread(application.deploy, args=version))
+    await application.until(lambda: not old & set(application.replicas()), 2 * DRAIN_S)
+    assert not any(answer.done() for answer in answers.values())
+    await deployed
+    await finish(application, answers, LONG)
