@@ -30,6 +30,7 @@ class Application:
         self._process = process
         self._text = text
         self.model = model
+        self._clients: list[openai.AsyncOpenAI] = []
 
     def wait_for(self, line: str) -> None:
         """Reads what the server prints until it has said so."""
@@ -43,7 +44,15 @@ class Application:
         self.wait_for("deployed")
 
     def client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        """A client that lives until the end of the scenario."""
+        url = f"{self.url}/v1"
+        self._clients.append(openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=60))
+        return self._clients[-1]
+
+    async def close_clients(self) -> None:
+        """Left to the garbage collector they would be closed in the event loop of some other test."""
+        while self._clients:
+            await self._clients.pop().close()
 
     def expected(self, prompt: str, max_tokens: int, sample: int = 0) -> str:
         """The text that the fake engine generates for a prompt."""
@@ -72,8 +81,14 @@ class Application:
 def scenario(run: Callable[[Application], Awaitable[None]]) -> Callable[[Application], None]:
     """Makes a test of a coroutine."""
 
+    async def run_and_close(application: Application) -> None:
+        try:
+            await asyncio.wait_for(run(application), START_S)
+        finally:
+            await application.close_clients()
+
     def test(application: Application) -> None:
-        asyncio.run(asyncio.wait_for(run(application), START_S))
+        asyncio.run(run_and_close(application))
 
     test.__doc__ = run.__doc__
     return test
