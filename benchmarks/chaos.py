@@ -2,7 +2,7 @@
 
 python -m benchmarks.chaos --kills 200 --replicas 2
 python -m benchmarks.chaos --kills 20 --signal STOP
-python -m benchmarks.chaos --kills 20 --model s135m --words 4096 --max-tokens 150 --decoding [--no-kv-host]
+python -m benchmarks.chaos --kills 20 --model s135m --words 870 --max-tokens 60 --decoding [--no-kv-host]
 
 The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
 Every kill has caches of its own (a salt), so that what one round has computed helps no other. A gap is how much longer
