@@ -30,12 +30,12 @@ class Prefixes:
         """Begins to fetch what the tier has of a sequence after `num_found` pages; False if it has none."""
         return self._offload.load(sequence, num_found, self._findable(sequence))
 
-    def index(self, sequence: Sequence) -> None:
-        """Lets others find what the sequence has computed, here and in the tier."""
+    def index(self, sequence: Sequence, *, loaded: bool = False) -> None:
+        """Lets others find what the sequence has computed, here and in the tier; or what it has loaded, here alone."""
         first, num_pages = sequence.num_indexed // self._page_tokens, sequence.num_computed // self._page_tokens
         keys = self.keys(sequence, num_pages)
         for page in range(first, num_pages):
-            if self._index.insert(keys[page], sequence.pages[page]):
+            if self._index.insert(keys[page], sequence.pages[page]) and not loaded:
                 self._offload.note(keys[page], keys[page - 1] if page else b"", sequence.pages[page])
         sequence.num_indexed = num_pages * self._page_tokens
 

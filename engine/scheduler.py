@@ -237,7 +237,7 @@ class Scheduler:
             tokens = num_pages * self._page_tokens
             sequence.num_computed += tokens
             self._outstanding -= tokens
-            self._prefixes.index(sequence)
+            self._prefixes.index(sequence, loaded=True)
             if self._counts_prompt(sequence):
                 self._prefix_hits += tokens
                 sequence.num_cached += tokens
