@@ -37,7 +37,8 @@ def measure(model: Path) -> Loading:
 
 
 def _load(model: Path) -> Loading:
-    from engine.models.loader import load_model, load_spec
+    from engine.models.directory import load_spec
+    from engine.models.loader import load_model
 
     load_spec(model)  # Imports what is imported late.
     processes.reset_peak_memory()

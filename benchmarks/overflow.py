@@ -26,7 +26,7 @@ from benchmarks.tiered import Conversation, converse, kv_host, tiered_engine
 from engine.engine import Engine
 from engine.kv.cache import kv_bytes_per_token
 from engine.machine import available_cores
-from engine.models.loader import load_spec
+from engine.models.directory import load_spec
 
 OPENING = workloads.Range(512, 2048)
 LATER = workloads.Range(32, 128)

@@ -86,7 +86,7 @@ def print_logit_errors(path: Path, formats: dict[str, NumberFormats], prompts: S
 
 def fits(path: Path, group: int) -> bool:
     """Whether 4-bit groups of this size divide every layer's input."""
-    from engine.models.loader import load_spec
+    from engine.models.directory import load_spec
     from engine.quant.plan import is_layer_linear
 
     return all(

@@ -28,7 +28,7 @@ from engine.engine import Engine
 from engine.kv.cache import kv_bytes_per_token
 from engine.kv.costs import LoadPolicy, choose_load
 from engine.machine import available_cores
-from engine.models.loader import load_spec
+from engine.models.directory import load_spec
 
 WARM_UP = 3
 SETTLE_S = 0.05

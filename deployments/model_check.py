@@ -13,10 +13,11 @@ from pathlib import Path
 from deployments.cli.errors import CommandError, ExitCode
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.models.directory import CONFIG, check_scheme, find_family, find_quantization, read_json
+from engine.models.directory import check_scheme, find_family, find_quantization, load_spec
 from engine.models.families import Family
 from engine.models.pieces import Piece
 from engine.models.source import resolve_model
+from engine.models.spec import ModelSpec
 from engine.quant.plan import group_obstacle, is_layer_linear
 
 _CUDA_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
@@ -31,10 +32,10 @@ def check_model(config: EngineConfig) -> Path:
     """
     _check_device(config)
     path = resolve_model(config.model, config.revision)
-    family = find_family(path)
+    family, spec = find_family(path), load_spec(path)
     if not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no *.safetensors file; weights in other formats have to be converted first")
-    _check_quantization(path, family, config)
+    _check_quantization(path, family, spec, config)
     return path
 
 
@@ -77,35 +78,28 @@ def _check_device(config: EngineConfig) -> None:
     raise CommandError(f"{asked} {reason}; use {instead}", ExitCode.BAD_INPUT)
 
 
-def _check_quantization(path: Path, family: Family, config: EngineConfig) -> None:
+def _check_quantization(path: Path, family: Family, spec: ModelSpec, config: EngineConfig) -> None:
     layout = find_quantization(path)
     if config.quantization == "auto" or config.quantization == "fp8":
         return
     check_scheme(path, layout, config.quantization)
     if layout is None and config.quantization == "w4a16":
-        _check_group(path, family, config.quantization_group)
+        _check_group(path, family, spec, config.quantization_group)
 
 
-def _check_group(path: Path, family: Family, group: int) -> None:
+def _check_group(path: Path, family: Family, spec: ModelSpec, group: int) -> None:
     """Raises ModelError unless groups of `group` divide the input channels of every linear layer of the blocks."""
-    layers = list(_layer_linears(path, family))
+    layers = list(_layer_linears(path, family, spec))
     columns = [piece.shape[0 if piece.transposed else 1] for _, piece in layers]
     for (file, piece), number in zip(layers, columns, strict=True):
         if obstacle := group_obstacle(group, number, columns):
             raise ModelError(f"{file}: tensor {piece.source!r} has shape {piece.shape}: {obstacle}")
 
 
-def _layer_linears(path: Path, family: Family) -> Iterator[tuple[Path, Piece]]:
-    """The blocks' linear layers with their files; nothing where files and config.json do not settle what they are.
-
-    config.json may leave out what transformers fills in, so that a spec of it alone may be impossible, or wrong.
-    """
+def _layer_linears(path: Path, family: Family, spec: ModelSpec) -> Iterator[tuple[Path, Piece]]:
+    """The blocks' linear layers with their files; nothing where the files do not have them as config.json says."""
     shapes = _shapes(path)
-    try:
-        spec = family.spec(read_json(path / CONFIG))
-        layers = [piece for piece in family.pieces(spec, shapes.keys()) if is_layer_linear(piece.target)]
-    except Exception:  # Each family reads its own keys, and each in its own way.
-        return
+    layers = [piece for piece in family.pieces(spec, shapes.keys()) if is_layer_linear(piece.target)]
     if all(piece.source in shapes and shapes[piece.source][1] == piece.shape for piece in layers):
         yield from ((shapes[piece.source][0], piece) for piece in layers)
 

@@ -99,7 +99,7 @@ def check_flags(scheme: str, group: int | None, smooth: float | None, calibratio
 
 def smoothing_of(source: Path, alpha: float, calibration: Path | None) -> "Mapping[str, Scaling]":
     """Runs the model on some text. Raises ModelError."""
-    from engine.models.loader import load_spec
+    from engine.models.directory import load_spec
     from engine.quant.calibrate import activation_ranges
     from engine.quant.smooth import smoothing
     from engine.quant.texts import calibration_prompts

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
-from engine.models.families import Family, family_of, supported_architectures
+from engine.models.families import Family, UnsupportedConfig, family_of, supported_architectures
+from engine.models.spec import ModelSpec
 from engine.quant.config import CheckpointFormat, Scheme, UnsupportedQuantization, read_quantization
 
 CONFIG = "config.json"
@@ -26,6 +27,18 @@ def find_family(path: Path) -> Family:
         raise ModelError(f"{file}: architecture {architectures[0]!r} is not supported; supported are {supported}")
     find_quantization(path)
     return family
+
+
+def load_spec(path: Path) -> ModelSpec:
+    """What the model is, before any weight is touched. Raises ModelError."""
+    file = path / CONFIG
+    family = find_family(path)
+    try:
+        return family.spec(read_json(file))
+    except UnsupportedConfig as error:
+        raise ModelError(f"{file}: {error}") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: not a valid configuration: {error!r}") from error
 
 
 def find_quantization(path: Path) -> CheckpointFormat | None:

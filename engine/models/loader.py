@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from engine.config import Auto, DType
 from engine.errors import ModelError
 from engine.kernels import Operators, ReferenceOperators
 from engine.models.decoder import Decoder
-from engine.models.directory import CONFIG, check_scheme, find_family, find_quantization
-from engine.models.families import Family, UnsupportedConfig
+from engine.models.directory import CONFIG, check_scheme, find_family, find_quantization, load_spec, read_json
 from engine.models.parameters import Form, Parameters
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
@@ -43,11 +41,6 @@ class LoadedModel:
         return self.parameters.bytes_read
 
 
-def load_spec(path: Path) -> ModelSpec:
-    """Reads config.json alone: what the model is, before any weight is touched."""
-    return _read_spec(path, find_family(path))[0]
-
-
 def load_parameters(
     path: Path,
     dtype: torch.dtype | DType = "auto",
@@ -68,8 +61,8 @@ def load_parameters(
     layout = find_quantization(path)
     scheme = None if quantization == "auto" else quantization
     check_scheme(path, layout, scheme)
-    spec, config = _read_spec(path, family)
-    run_dtype = _run_dtype(dtype, config, path, torch.device(device))
+    spec = load_spec(path)
+    run_dtype = _run_dtype(dtype, read_json(path / CONFIG), path, torch.device(device))
     checkpoint = Checkpoint(path)
     form = Form(run_dtype, device, scheme, group, layout=layout)
     parameters = Parameters(checkpoint, spec, family.pieces(spec, checkpoint.names), form)
@@ -88,19 +81,6 @@ def load_model(
     """A decoder of what `load_parameters` loads, on the reference operators unless others are given."""
     loaded = load_parameters(path, dtype, device, quantization=quantization, group=group)
     return Decoder(loaded.spec, loaded.parameters, operators or ReferenceOperators(), loaded.dtype)
-
-
-def _read_spec(path: Path, family: Family) -> tuple[ModelSpec, dict[str, Any]]:
-    """The spec, and the configuration with all defaults filled in."""
-    file = path / CONFIG
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
-        return family.spec(config), config
-    except UnsupportedConfig as error:
-        raise ModelError(f"{file}: {error}") from error
-    except Exception as error:  # Validation in transformers raises many types, some of them over several lines.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{file}: not a valid configuration: {reason}") from error
 
 
 def _run_dtype(dtype: torch.dtype | DType, config: dict[str, Any], path: Path, device: torch.device) -> torch.dtype:

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelError
-from engine.models.directory import CONFIG, find_family, find_quantization, read_json
-from engine.models.loader import load_spec
+from engine.models.directory import CONFIG, find_family, find_quantization, load_spec, read_json
 from engine.models.parameters import check_groups, is_saved_constant
 from engine.models.pieces import Piece, Run
 from engine.models.weights import Checkpoint

@@ -55,11 +55,10 @@ def test_a_group_that_fits_is_let_through() -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        lambda folder: edit_config(folder, intermediate_size=None),
         lambda folder: edit_config(folder, intermediate_size=96),
         lambda folder: (folder / "model.safetensors").write_bytes(b"no header"),
     ],
-    ids=["config that says too little", "config that contradicts the weights", "weights that cannot be read"],
+    ids=["config that contradicts the weights", "weights that cannot be read"],
 )
 def test_what_cannot_be_told_early_is_left_to_the_replica(broken: Any, tmp_path: Path) -> None:
     folder = save(CONFIGS["llama"], tmp_path)
@@ -67,6 +66,16 @@ def test_what_cannot_be_told_early_is_left_to_the_replica(broken: Any, tmp_path:
     check_model(asking(folder, quantization="w4a16", quantization_group=64))
     with pytest.raises(ModelError):
         load_parameters(folder, quantization="w4a16", group=64)
+
+
+def test_a_model_that_config_json_does_not_settle_is_refused_in_the_replicas_words(tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama"], tmp_path)
+    edit_config(folder, intermediate_size=None)
+    with pytest.raises(ModelError, match="intermediate_size is None") as early:
+        check_model(asking(folder))
+    with pytest.raises(ModelError) as late:
+        load_parameters(folder)
+    assert str(early.value) == str(late.value)
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}

@@ -1,5 +1,6 @@
 """What a family is, and the readings of a Hugging Face config that several of them share. No forward code here."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ from engine.models.pieces import Piece
 from engine.models.spec import Activation, ModelSpec
 
 Config = Mapping[str, Any]
-"""A config as `AutoConfig.to_dict()` gives it, defaults filled in."""
+"""What config.json says, over the family's defaults."""
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -31,10 +32,40 @@ class Family:
 
     architecture: str
     model_type: str
-    spec: Callable[[Config], ModelSpec]
+    read: Callable[[Config], ModelSpec]
     """Raises UnsupportedConfig."""
     pieces: Callable[[ModelSpec, Collection[str]], Iterator[Piece]]
     """Where each checkpoint tensor goes, given the names that the checkpoint has: these tell its prefixes."""
+    defaults: Config
+    """What transformers takes a key for that config.json leaves out, where it takes it for anything."""
+
+    def spec(self, config: Config) -> ModelSpec:
+        """The model that a config.json describes. Raises UnsupportedConfig, naming the key."""
+        return self.read({**self.defaults, **config})
+
+
+def count(config: Config, key: str) -> int:
+    """A whole number of at least 1."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UnsupportedConfig(f"{key} is {value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def number(config: Config, key: str) -> float:
+    """A finite number above 0."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UnsupportedConfig(f"{key} is {value!r}; it must be a number above 0")
+    return float(value)
+
+
+def head_size(config: Config, hidden_key: str, heads_key: str) -> int:
+    """Channels of a head, where the heads share the hidden ones evenly."""
+    hidden, heads = count(config, hidden_key), count(config, heads_key)
+    if hidden % heads:
+        raise UnsupportedConfig(f"{hidden_key} {hidden} is not a multiple of {heads_key} {heads}")
+    return hidden // heads
 
 
 def activation_of(config: Config, key: str) -> Activation:

@@ -6,9 +6,12 @@ from engine.models.families.family import (
     Config,
     Family,
     activation_of,
+    count,
     eos_token_ids,
+    head_size,
     linear_pieces,
     norm_pieces,
+    number,
     prefix_of,
     require,
 )
@@ -19,26 +22,26 @@ from engine.models.spec import LearnedPositions, ModelSpec
 def _spec(config: Config) -> ModelSpec:
     require(config, "scale_attn_by_inverse_layer_idx", False)
     require(config, "add_cross_attention", False)
-    hidden, heads = int(config["n_embd"]), int(config["n_head"])
+    hidden, heads = count(config, "n_embd"), count(config, "n_head")
     return ModelSpec(
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=count(config, "vocab_size"),
         hidden=hidden,
-        layers=int(config["n_layer"]),
+        layers=count(config, "n_layer"),
         heads=heads,
         kv_heads=heads,
-        head_dim=hidden // heads,
-        intermediate=int(config.get("n_inner") or 4 * hidden),
-        max_position=int(config["n_positions"]),
+        head_dim=head_size(config, "n_embd", "n_head"),
+        intermediate=count(config, "n_inner") if config.get("n_inner") else 4 * hidden,
+        max_position=count(config, "n_positions"),
         norm="layer",
-        norm_eps=float(config["layer_norm_epsilon"]),
-        positions=LearnedPositions(rows=int(config["n_positions"])),
+        norm_eps=number(config, "layer_norm_epsilon"),
+        positions=LearnedPositions(rows=count(config, "n_positions")),
         activation=activation_of(config, "activation_function"),
         gated_mlp=False,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
-        attention_scale=None if config.get("scale_attn_weights", True) else 1.0,
+        tied_embeddings=bool(config["tie_word_embeddings"]),
+        attention_scale=None if config["scale_attn_weights"] else 1.0,
         eos_token_ids=eos_token_ids(config),
         bos_token_id=config.get("bos_token_id"),
     )
@@ -68,4 +71,18 @@ def _pieces(spec: ModelSpec, names: Collection[str]) -> Iterator[Piece]:
         yield Piece.whole("head.weight", "lm_head.weight", (spec.vocab_size, spec.hidden))
 
 
-GPT2 = Family("GPT2LMHeadModel", "gpt2", _spec, _pieces)
+_DEFAULTS: Config = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": True,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+
+GPT2 = Family("GPT2LMHeadModel", "gpt2", _spec, _pieces, _DEFAULTS)

@@ -6,37 +6,39 @@ from engine.models.families.family import (
     Config,
     Family,
     activation_of,
+    count,
     eos_token_ids,
+    head_size,
     linear_pieces,
     norm_pieces,
+    number,
     prefix_of,
 )
 from engine.models.families.rope_config import max_position, rope_spec
 from engine.models.pieces import Piece, Run
 from engine.models.spec import ModelSpec
 
-_DEFAULT_ROTARY_SHARE = 0.25
-
 
 def _spec(config: Config) -> ModelSpec:
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    rope = rope_spec(config, hidden // heads, _DEFAULT_ROTARY_SHARE)
-    attention_bias = bool(config.get("attention_bias", True))
+    hidden, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
+    head_dim = head_size(config, "hidden_size", "num_attention_heads")
+    rope = rope_spec(config, head_dim, theta_key="rotary_emb_base", share_key="rotary_pct", default_share=0.25)
+    attention_bias = bool(config["attention_bias"])
     return ModelSpec(
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=count(config, "vocab_size"),
         hidden=hidden,
-        layers=int(config["num_hidden_layers"]),
+        layers=count(config, "num_hidden_layers"),
         heads=heads,
         kv_heads=heads,
-        head_dim=hidden // heads,
-        intermediate=int(config["intermediate_size"]),
+        head_dim=head_dim,
+        intermediate=count(config, "intermediate_size"),
         max_position=max_position(config, rope),
         norm="layer",
-        norm_eps=float(config["layer_norm_eps"]),
+        norm_eps=number(config, "layer_norm_eps"),
         positions=rope,
         activation=activation_of(config, "hidden_act"),
         gated_mlp=False,
-        block="parallel" if config.get("use_parallel_residual", True) else "pre",
+        block="parallel" if config["use_parallel_residual"] else "pre",
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=True,
@@ -83,4 +85,20 @@ def _interleaved_qkv_pieces(target: str, source: str, spec: ModelSpec) -> Iterat
         yield Piece(f"{target}.bias", f"{source}.bias", (spec.qkv_rows,), runs)
 
 
-GPT_NEOX = Family("GPTNeoXForCausalLM", "gpt_neox", _spec, _pieces)
+_DEFAULTS: Config = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+GPT_NEOX = Family("GPTNeoXForCausalLM", "gpt_neox", _spec, _pieces, _DEFAULTS)

@@ -7,10 +7,13 @@ from engine.models.families.family import (
     Config,
     Family,
     activation_of,
+    count,
     eos_token_ids,
+    head_size,
     linear_pieces,
     merged_qkv_pieces,
     norm_pieces,
+    number,
     prefix_of,
 )
 from engine.models.families.rope_config import max_position, rope_spec
@@ -20,20 +23,22 @@ from engine.models.spec import ModelSpec
 
 def llama_like_spec(config: Config, windows: Sequence[int | None] = ()) -> ModelSpec:
     """The common part: RMSNorm before attention and MLP, rotary positions, gated MLP, grouped-query attention."""
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    heads = count(config, "num_attention_heads")
+    has_head_dim = config.get("head_dim") is not None
+    head_dim = count(config, "head_dim") if has_head_dim else head_size(config, "hidden_size", "num_attention_heads")
+    has_kv_heads = config.get("num_key_value_heads") is not None
     rope = rope_spec(config, head_dim)
     return ModelSpec(
-        vocab_size=int(config["vocab_size"]),
-        hidden=int(config["hidden_size"]),
-        layers=int(config["num_hidden_layers"]),
+        vocab_size=count(config, "vocab_size"),
+        hidden=count(config, "hidden_size"),
+        layers=count(config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
+        kv_heads=count(config, "num_key_value_heads") if has_kv_heads else heads,
         head_dim=head_dim,
-        intermediate=int(config["intermediate_size"]),
+        intermediate=count(config, "intermediate_size"),
         max_position=max_position(config, rope),
         norm="rms",
-        norm_eps=float(config["rms_norm_eps"]),
+        norm_eps=number(config, "rms_norm_eps"),
         positions=rope,
         activation=activation_of(config, "hidden_act"),
         gated_mlp=True,
@@ -82,4 +87,18 @@ def _spec(config: Config) -> ModelSpec:
     )
 
 
-LLAMA = Family("LlamaForCausalLM", "llama", _spec, llama_like_pieces)
+LLAMA_LIKE_DEFAULTS: Config = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+LLAMA = Family("LlamaForCausalLM", "llama", _spec, llama_like_pieces, LLAMA_LIKE_DEFAULTS)

@@ -6,7 +6,9 @@ from engine.models.families.family import (
     Config,
     Family,
     activation_of,
+    count,
     eos_token_ids,
+    head_size,
     linear_pieces,
     merged_qkv_pieces,
     norm_pieces,
@@ -21,17 +23,17 @@ _POSITION_OFFSET = 2
 
 def _spec(config: Config) -> ModelSpec:
     require(config, "layer_norm_elementwise_affine", True)
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    hidden, heads = count(config, "hidden_size"), count(config, "num_attention_heads")
     bias, norm_first = bool(config["enable_bias"]), bool(config["do_layer_norm_before"])
-    max_position = int(config["max_position_embeddings"])
+    max_position = count(config, "max_position_embeddings")
     return ModelSpec(
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=count(config, "vocab_size"),
         hidden=hidden,
-        layers=int(config["num_hidden_layers"]),
+        layers=count(config, "num_hidden_layers"),
         heads=heads,
         kv_heads=heads,
-        head_dim=hidden // heads,
-        intermediate=int(config["ffn_dim"]),
+        head_dim=head_size(config, "hidden_size", "num_attention_heads"),
+        intermediate=count(config, "ffn_dim"),
         max_position=max_position,
         norm="layer",
         norm_eps=1e-5,
@@ -43,8 +45,8 @@ def _spec(config: Config) -> ModelSpec:
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=bias,
-        embedding_dim=int(config.get("word_embed_proj_dim") or hidden),
-        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+        embedding_dim=count(config, "word_embed_proj_dim") if config.get("word_embed_proj_dim") else hidden,
+        tied_embeddings=bool(config["tie_word_embeddings"]),
         eos_token_ids=eos_token_ids(config),
         bos_token_id=config.get("bos_token_id"),
     )
@@ -77,4 +79,19 @@ def _pieces(spec: ModelSpec, names: Collection[str]) -> Iterator[Piece]:
         yield Piece.whole("head.weight", "lm_head.weight", (spec.vocab_size, width))
 
 
-OPT = Family("OPTForCausalLM", "opt", _spec, _pieces)
+_DEFAULTS: Config = {
+    "vocab_size": 50272,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "ffn_dim": 3072,
+    "max_position_embeddings": 2048,
+    "do_layer_norm_before": True,
+    "num_attention_heads": 12,
+    "activation_function": "relu",
+    "enable_bias": True,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+}
+
+OPT = Family("OPTForCausalLM", "opt", _spec, _pieces, _DEFAULTS)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from engine.models.families.family import Config, UnsupportedConfig
+from engine.models.families.family import Config, UnsupportedConfig, count
 from engine.models.spec import (
     DynamicScaling,
     LinearScaling,
@@ -17,10 +17,17 @@ from engine.models.spec import (
 _KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
-def rope_spec(config: Config, head_dim: int, default_rotary_share: float = 1.0) -> RopeSpec:
-    """Reads `rope_parameters`, or `rope_theta`, `rope_scaling` and the partial factor where a config has those."""
-    values = _parameters(config)
-    share = values.get("partial_rotary_factor") or default_rotary_share
+def rope_spec(
+    config: Config,
+    head_dim: int,
+    *,
+    theta_key: str = "rope_theta",
+    share_key: str = "partial_rotary_factor",
+    default_share: float = 1.0,
+) -> RopeSpec:
+    """Reads `rope_scaling`, or else `rope_parameters`; what they leave out is under keys of the config itself."""
+    values = _parameters(config, theta_key, share_key)
+    share = values["partial_rotary_factor"] or default_share
     rotary_dim = int(head_dim * share)
     if rotary_dim % 2:
         raise UnsupportedConfig(f"partial_rotary_factor {share} gives an odd rotary dimension ({rotary_dim})")
@@ -29,7 +36,7 @@ def rope_spec(config: Config, head_dim: int, default_rotary_share: float = 1.0) 
 
 def max_position(config: Config, rope: RopeSpec) -> int:
     """The longest sequence: configs give the length before scaling for linear and dynamic, before or after for YaRN."""
-    declared = int(config["max_position_embeddings"])
+    declared = count(config, "max_position_embeddings")
     match rope.scaling:
         case LinearScaling(factor) | DynamicScaling(factor=factor):
             return int(declared * factor)
@@ -39,18 +46,18 @@ def max_position(config: Config, rope: RopeSpec) -> int:
             return declared
 
 
-def _parameters(config: Config) -> dict[str, Any]:
-    values = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+def _parameters(config: Config, theta_key: str, share_key: str) -> dict[str, Any]:
+    values = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, dict) for value in values.values()):
         raise UnsupportedConfig("rope_parameters per layer type are not supported")
-    values.setdefault("rope_theta", config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0)
-    values.setdefault("partial_rotary_factor", config.get("partial_rotary_factor") or config.get("rotary_pct"))
+    values.setdefault("rope_theta", config.get(theta_key) or 10000.0)
+    values.setdefault("partial_rotary_factor", config.get(share_key))
     values.setdefault("rope_type", values.get("type", "default"))
     return values
 
 
 def _scaling(values: dict[str, Any], config: Config, rotary_dim: int) -> RopeScaling | None:
-    declared = int(config["max_position_embeddings"])
+    declared = count(config, "max_position_embeddings")
     original = int(
         config.get("original_max_position_embeddings") or values.get("original_max_position_embeddings") or declared
     )

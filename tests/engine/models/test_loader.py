@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from engine.errors import ModelError
 from engine.kernels import ReferenceOperators
 from engine.models.decoder import Decoder
-from engine.models.directory import load_eos_token_ids
+from engine.models.directory import load_eos_token_ids, load_spec
 from engine.models.families import family_of
-from engine.models.loader import load_parameters, load_spec
+from engine.models.loader import load_parameters
 from engine.models.source import resolve_model
 from tests.engine.models.harness import CONFIGS, Driver, make_model, random_tokens
 
@@ -344,7 +344,8 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from engine.models.loader import load_parameters, load_spec
+from engine.models.directory import load_spec
+from engine.models.loader import load_parameters
 load_spec(Path(sys.argv[1]))  # Imports what is imported late; it does not grow with the model.
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))

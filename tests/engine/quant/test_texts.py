@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ModelError
-from engine.models.loader import load_spec
+from engine.models.directory import load_spec
 from engine.models.tiny import PATH
 from engine.quant.texts import NUM_PROMPTS, PROMPT_TOKENS, calibration_prompts
 from tests.engine.quant.checkpoints import LLAMA, random_model
