@@ -59,8 +59,8 @@ def build_engine(config: EngineConfig, make_tier: TierFactory | None = None) -> 
 def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Assembly:
     """`build_engine`, with the parts."""
     began = time.monotonic()
-    device = choose_device(config)
     path = resolve_model(config.model, config.revision)
+    device = choose_device(config, int4=_has_int4(config, path))
     # Weights become fp8 in the kernels' own preparation, not on the way from the file.
     scheme = "auto" if config.quantization == "fp8" else config.quantization
     loaded = load_parameters(path, config.dtype, device.name, quantization=scheme, group=config.quantization_group)
@@ -113,6 +113,11 @@ def _namespace(config: EngineConfig, path: Path, cache: PagedKVCache, dtype: tor
     facts = (cache.dtype, cache.layout, cache.page_tokens, cache.page_bytes, dtype, kernels)
     choices = (config.quantization, config.quantization_group, config.deterministic)
     return root_key(model_identity(path).hex(), *map(str, facts), *map(str, choices))
+
+
+def _has_int4(config: EngineConfig, path: Path) -> bool:
+    layout = find_quantization(path)
+    return config.quantization == "w4a16" or (layout is not None and layout.scheme != "w8a8")
 
 
 def _has_int8_kv(config: EngineConfig, path: Path, device: Device) -> bool:

@@ -55,12 +55,13 @@ class Cpu:
     name = "cpu"
     spare_pages = 0
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, int4: bool) -> None:
         """Sets torch's threads and begins to compile."""
         self.threads = available_cores() if config.threads == "auto" else config.threads
         self.page_tokens = CPU_PAGE_TOKENS if config.kv.page_tokens == "auto" else config.kv.page_tokens
         self._scheduler = config.scheduler
         self._deterministic = config.deterministic
+        self._int4 = int4
         torch.set_num_threads(self.threads)
         self._library: Future[Library | None] = Future()
         Thread(target=self._compile, name="compile-kernels", daemon=True).start()
@@ -91,7 +92,7 @@ class Cpu:
 
     def _compile(self) -> None:
         try:
-            self._library.set_result(load_library())
+            self._library.set_result(load_library(int4=self._int4))
         except BaseException as error:
             self._library.set_exception(error)
 
@@ -127,8 +128,11 @@ class Cuda:
         return Sampler()
 
 
-def choose_device(config: EngineConfig) -> Device:
-    """The device that the configuration names; "auto" is a GPU where there is one. Raises ValueError."""
+def choose_device(config: EngineConfig, *, int4: bool) -> Device:
+    """The device that the configuration names; "auto" is a GPU where there is one. Raises ValueError.
+
+    `int4` is whether it has to multiply by weights of 4 bits.
+    """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise ValueError('device "cuda" needs a CUDA device and a CUDA build of torch; use "cpu" or "auto" here')
@@ -138,7 +142,7 @@ def choose_device(config: EngineConfig) -> Device:
         return Cuda(config)
     if config.quantization == "fp8":
         raise ValueError('quantization "fp8" needs a CUDA device; on a CPU use "w8a8"')
-    return Cpu(config)
+    return Cpu(config, int4=int4)
 
 
 def choose_backend(

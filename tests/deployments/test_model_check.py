@@ -111,7 +111,7 @@ def test_a_device_that_is_not_there_is_refused(settings: dict[str, str], monkeyp
         check_model(config)
     assert refused.value.exit_code == ExitCode.BAD_INPUT
     with pytest.raises(ValueError, match="needs a CUDA device"):
-        choose_device(config)
+        choose_device(config, int4=False)
 
 
 @pytest.mark.parametrize("settings", NEEDS_GPU[:3], ids=str)

@@ -13,6 +13,7 @@ from engine.config import EngineConfig, KVConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import ModelError
 from engine.kernels.cpu.compiler import load_library
+from engine.quant.export import Exporter, Target
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason, Request
 from tests.engine.fakes import Streams, run_to_end
@@ -227,3 +228,9 @@ def test_quantized_weights_and_cache_give_the_same_tokens_in_any_company(model: 
     tight = engine_of(model, pages=4, max_model_len=128, **settings)
     assert run(tight, mixed_requests()).tokens == alone.tokens
     assert tight.stats().preemptions_total > 0
+
+
+def test_a_checkpoint_of_4_bits_runs_as_weights_that_are_quantized_at_load(model: Path, tmp_path: Path) -> None:
+    Exporter(model, Target("w4a16", 32)).write(tmp_path / "q4")
+    expected = run(engine_of(model, quantization="w4a16", quantization_group=32), mixed_requests())
+    assert run(engine_of(tmp_path / "q4"), mixed_requests()).tokens == expected.tokens

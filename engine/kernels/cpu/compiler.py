@@ -34,6 +34,8 @@ TIMEOUT_S = 60.0
 NUM_KEPT = 32
 """Libraries that stay in the cache. Not one: machines with other CPUs may share it, each with a version or two."""
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
+_INT4_FILE = "linear_int4.c"
+_INT4_OPERATIONS = frozenset({"linear_int4", "gather_columns"})
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _MESSAGE_CHARACTERS = 1000
 _KEPT_NAME = re.compile(r"[0-9a-f]{32}\.so")
@@ -48,30 +50,32 @@ class CompileError(Exception):
 
 
 @cache
-def load_library() -> Library | None:
+def load_library(*, int4: bool = True) -> Library | None:
     """The kernels for this machine; None, with one warning, where they cannot be had."""
     try:
-        return compile_library()
+        return compile_library(int4=int4)
     except CompileError as error:
         log.warning("no compiled kernels: %s; the slower reference kernels run instead", error)
         return None
 
 
-def compile_library(march: str = "native", *, folder: Path | None = None, source: Path = SOURCE) -> Library:
+def compile_library(
+    march: str = "native", *, int4: bool = True, folder: Path | None = None, source: Path = SOURCE
+) -> Library:
     """The C files of `source` for instruction set `march`, from the cache in `folder` or compiled now.
 
-    Raises CompileError.
+    `int4` is whether products with int4 weights are wanted, which take a quarter of the time. Raises CompileError.
     """
-    recipe = _recipe(march, source)
+    recipe = _recipe(march, source, int4=int4)
     kept = (folder or _cache_folder()) / f"{recipe.key}.so"
-    if (library := _load_kept(kept)) is not None:
+    if (library := _load_kept(kept, recipe.left_out)) is not None:
         return library
     with tempfile.TemporaryDirectory(prefix="manta-kernels-") as made_in:
         began = time.monotonic()
         made = _build(recipe, Path(made_in), began + TIMEOUT_S)
         path = _keep(made, kept)
         log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, path)
-        library = _load(path)
+        library = _load(path, recipe.left_out)
     if path == kept:
         _remove_old(kept.parent)
     return library
@@ -87,28 +91,36 @@ class Recipe:
     openmp: Path
     cpu: str
     source: Path
+    int4: bool
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Operations of the headers that the library lacks."""
+        return frozenset() if self.int4 else _INT4_OPERATIONS
 
     @cached_property
     def files(self) -> list[Path]:
         """C files, those that take longest first."""
-        return sorted(self.source.glob("*.c"), key=lambda path: -path.stat().st_size)
+        files = (path for path in self.source.glob("*.c") if self.int4 or path.name != _INT4_FILE)
+        return sorted(files, key=lambda path: -path.stat().st_size)
 
     @cached_property
     def key(self) -> str:
         """A name for the result: other instructions, another compiler or other sources have another one."""
-        digest = hashlib.sha256(repr((self.compiler, self.version, self.flags, str(self.openmp), self.cpu)).encode())
-        for path in sorted(self.source.glob("*.[ch]")):
+        tools = (self.compiler, self.version, self.flags, str(self.openmp), self.cpu)
+        digest = hashlib.sha256(repr(tools).encode())
+        for path in sorted([*self.files, *self.source.glob("*.h")]):
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()[:32]
 
 
-def _recipe(march: str, source: Path) -> Recipe:
+def _recipe(march: str, source: Path, *, int4: bool) -> Recipe:
     compiler = _find_compiler()
     version = _call([*compiler, "--version"], time.monotonic() + TIMEOUT_S)
     # On Arm, clang takes the name of a CPU but not of an instruction set as "native"; gcc takes both.
     arm = platform.machine() in ("aarch64", "arm64")
     flags = (*_FLAGS, f"-{'mcpu' if arm else 'march'}={march}")
-    return Recipe(compiler, version, flags, _openmp_runtime(), _cpu(), source)
+    return Recipe(compiler, version, flags, _openmp_runtime(), _cpu(), source, int4)
 
 
 def _find_compiler() -> tuple[str, ...]:
@@ -204,7 +216,7 @@ def _is_ours(path: Path) -> bool:
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _load_kept(path: Path) -> Library | None:
+def _load_kept(path: Path, left_out: frozenset[str]) -> Library | None:
     """The library of an earlier compilation; None where it is missing, damaged or not ours, and to be made anew."""
     try:
         if not (_is_ours(path.parent) and _is_ours(path)):
@@ -213,7 +225,7 @@ def _load_kept(path: Path) -> Library | None:
         # A damaged file could be loaded and crash later, so its digest is kept behind the part that the loader reads.
         if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
             return None
-        library = _load(path)
+        library = _load(path, left_out)
     except (OSError, CompileError):
         return None
     with contextlib.suppress(OSError):  # The time of the last use, which tells what to keep.
@@ -269,8 +281,8 @@ def _last_use(path: Path) -> float:
         return 0.0
 
 
-def _load(path: Path) -> Library:
+def _load(path: Path, left_out: frozenset[str]) -> Library:
     try:
-        return Library(path)
+        return Library(path, left_out)
     except (OSError, AttributeError) as error:
         raise CompileError(f"the compiled library cannot be loaded: {error}") from error

@@ -5,7 +5,7 @@ Owns the boundary to C and nothing of what the operations compute. Calls release
 
 import ctypes
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -56,12 +56,14 @@ class Call(ctypes.Structure):
 class Library:
     """A loaded shared library of kernels."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError if the file cannot be loaded, and AttributeError if it lacks an operation of the headers."""
+    def __init__(self, path: Path, left_out: Collection[str] = ()) -> None:
+        """Raises OSError if the file cannot be loaded, and AttributeError if it lacks an operation of the headers that
+        is not `left_out`."""
         self._library = ctypes.CDLL(str(path))
         self.operations = {
             name: Operation(name, ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value or 0, arguments)
             for name, arguments in argument_types().items()
+            if name not in left_out
         }
         self._run = self._library.run_program
         self._run.restype = None

@@ -88,6 +88,19 @@ def test_a_second_start_compiles_nothing(source: Path, folder: Path, calls: Path
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_products_of_4_bits_are_compiled_for_those_who_need_them(source: Path, folder: Path, calls: Path) -> None:
+    operations = {"linear_int4", "gather_columns"}
+    others = [name for name in argument_types() if name not in operations]
+    (source / "kernels.c").write_text("".join(f"void {name}(void) {{}}\n" for name in others))
+    (source / "linear_int4.c").write_text("".join(f"void {name}(void) {{}}\n" for name in operations))
+    assert compile_library(int4=False, source=source).operations.keys() == set(others)
+    assert compilations(calls) == 2
+    assert compile_library(source=source).operations.keys() == argument_types().keys()
+    assert compilations(calls) == 5
+    assert compile_library(int4=False, source=source).operations.keys() == set(others)
+    assert compilations(calls) == 5
+
+
 def test_other_sources_flags_or_cpus_have_their_own_library(
     source: Path, folder: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
