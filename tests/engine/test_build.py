@@ -230,7 +230,10 @@ def test_quantized_weights_and_cache_give_the_same_tokens_in_any_company(model: 
     assert tight.stats().preemptions_total > 0
 
 
-def test_a_checkpoint_of_4_bits_runs_as_weights_that_are_quantized_at_load(model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_4_bits_gives_the_same_tokens_in_any_company(model: Path, tmp_path: Path) -> None:
+    """Nothing but its own config.json says that it has 4 bits."""
     Exporter(model, Target("w4a16", 32)).write(tmp_path / "q4")
-    expected = run(engine_of(model, quantization="w4a16", quantization_group=32), mixed_requests())
-    assert run(engine_of(tmp_path / "q4"), mixed_requests()).tokens == expected.tokens
+    alone = Streams()
+    for request in mixed_requests():
+        alone.tokens |= run(engine_of(tmp_path / "q4"), [request]).tokens
+    assert run(engine_of(tmp_path / "q4"), mixed_requests()).tokens == alone.tokens
