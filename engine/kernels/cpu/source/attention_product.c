@@ -36,7 +36,9 @@ INLINE void kernel(
     const uint32_t *a = product->a + row * product->a_stride;
     float *c = product->c + row * product->c_stride + first * VF;
     vf sums[MOST_ROWS][MOST_VECTORS];
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             sums[r][v] = product->add ? vf_load(c + r * product->c_stride + v * VF) : (vf){0};
         }
@@ -45,24 +47,30 @@ INLINE void kernel(
     for (int64_t begin = 0, run = 0; begin < product->depth; begin += panel->run_depth, run++) {
         const int64_t end = at_most(product->depth, begin + panel->run_depth);
         const char *b[MOST_VECTORS];
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             b[v] = panel->runs[run] + panel->columns[first + v];
         }
         for (int64_t k = begin, offset = 0; k < end; k++, offset += stride) {
             fetch_ahead(ahead);
             vu line[MOST_VECTORS];
+#pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
                 memcpy(&line[v], b[v] + offset, sizeof line[v]);
             }
+#pragma GCC unroll 6
             for (int r = 0; r < rows; r++) {
                 const uint32_t element = a[r * a_stride + k];
+#pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++) {
                     sums[r][v] = multiply_add(factors, element, line[v], sums[r][v]);
                 }
             }
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             vf_store(c + r * product->c_stride + v * VF, sums[r][v]);
         }
