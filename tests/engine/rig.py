@@ -28,6 +28,7 @@ class Rig:
     prefix_caching: bool = True
     tier: FakeTier | None = None
     namespace: str = ""
+    token_seconds: float = 0.0
     streams: Streams = field(default_factory=Streams)
 
     def __post_init__(self) -> None:
@@ -38,7 +39,7 @@ class Rig:
             admission=self.admission,
         )
         self.scheduler = Scheduler(config, self.pool, self.page_tokens, tier=self.tier)
-        self.runner = LedgerRunner(self.num_pages, self.page_tokens, self.poison)
+        self.runner = LedgerRunner(self.num_pages, self.page_tokens, self.poison, self.token_seconds)
         if self.tier is not None:
             self.tier.attach(self.runner)
         limits = Limits(self.num_pages * self.page_tokens, VOCAB)

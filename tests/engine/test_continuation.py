@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest
+from tests.engine.fake_tier import Contents, FakeTier
 from tests.engine.fakes import VOCAB, run_to_end
 from tests.engine.rig import Rig, expected, request
 
@@ -47,6 +48,44 @@ def test_a_request_that_goes_on_comes_before_those_that_wait() -> None:
     rig.engine.add(request("waiting", [2], max_tokens=3))
     rig.engine.add(replace(request("cut", [3], max_tokens=3), given=((5,),)))
     assert [name for name, _ in run_to_end(rig.engine, rig.streams).finished] == ["running", "cut", "waiting"]
+
+
+def test_a_stream_whose_pages_are_there_waits_for_nobodys_prompt() -> None:
+    contents: Contents = {}
+    stem, answer = list(range(50)), expected(list(range(50)), 4)
+    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    first.engine.add(request("cut", stem, max_tokens=2))
+    run_to_end(first.engine, first.streams)
+    for delay in (0, 3):
+        rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents, delay=lambda d=delay: d))
+        rig.engine.add(request("long", [90] * 1000, max_tokens=2))
+        rig.step()
+        rig.step()
+        rig.engine.add(replace(request("cut", stem, max_tokens=4), given=(tuple(answer[:2]),)))
+        before = len(rig.runner.batches)
+        while ("cut", 0) not in rig.streams.tokens:
+            rig.step()
+        (batch,) = rig.runner.batches[before:]
+        assert batch.num_tokens == 52 - 48, "what a page had no room for, and nothing of the long prompt"
+        streams = run_to_end(rig.engine, rig.streams)
+        assert streams.tokens["cut", 0] == answer[2:]
+        assert streams.tokens["long", 0] == expected([90] * 1000, 2), "its turn came"
+        rig.check_nothing_left()
+
+
+def test_a_stream_that_is_computed_again_lets_others_go_on() -> None:
+    rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=300)
+    rig.engine.add(request("decodes", [1, 2], max_tokens=8))
+    rig.step()
+    rig.engine.add(replace(request("cut", [90] * 1000, max_tokens=3), given=((5,),)))
+    rig.engine.add(replace(request("also cut", [80] * 700, max_tokens=3), given=((5,),)))
+    begun = len(rig.streams.tokens["decodes", 0])
+    for _ in range(3):
+        rig.step()
+    assert len(rig.streams.tokens["decodes", 0]) == begun + 3
+    assert [batch.num_tokens for batch in rig.runner.batches[1:4]] == [300] * 3, "of which all but one are theirs"
+    assert sorted(name for name, _ in run_to_end(rig.engine, rig.streams).finished) == ["also cut", "cut", "decodes"]
+    rig.check_nothing_left()
 
 
 def test_given_tokens_are_checked() -> None:
