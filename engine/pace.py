@@ -13,8 +13,8 @@ _FORGET = 0.5
 class Pace:
     """Tokens that an iteration may spend on prompts beside streams that decode."""
 
-    def __init__(self, max_stall_s: float) -> None:
-        """`max_stall_s`: what such an iteration should take at most."""
+    def __init__(self, max_stall_s: float | None) -> None:
+        """`max_stall_s`: what such an iteration should take at most; None is no limit."""
         self._max_stall_s = max_stall_s
         self._token_seconds: float | None = None
 
@@ -28,4 +28,6 @@ class Pace:
 
     def tokens(self, most: int) -> int:
         """Of a prompt, beside streams that decode; `most` until anything is known."""
-        return unfelt_tokens(most, self._token_seconds or 0.0, self._max_stall_s)
+        if self._max_stall_s is None or self._token_seconds is None:
+            return most
+        return unfelt_tokens(most, self._token_seconds, self._max_stall_s)

@@ -29,6 +29,7 @@ class Rig:
     tier: FakeTier | None = None
     namespace: str = ""
     token_seconds: float = 0.0
+    max_stall_s: float | None = 0.25
     streams: Streams = field(default_factory=Streams)
 
     def __post_init__(self) -> None:
@@ -36,6 +37,7 @@ class Rig:
         config = SchedulerConfig(
             max_sequences=self.max_sequences,
             max_batch_tokens=max(self.max_batch_tokens, self.max_sequences),
+            max_stall_s=self.max_stall_s,
             admission=self.admission,
         )
         self.scheduler = Scheduler(config, self.pool, self.page_tokens, tier=self.tier)

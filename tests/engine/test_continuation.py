@@ -106,3 +106,17 @@ def test_prompt_logprobs_go_on_where_they_were_cut() -> None:
     rig.engine.add(cut)
     found = run_to_end(rig.engine).prompt_logprobs["r", 0]
     assert [logprob.token_id for logprob in found] == [5, 6, 7, 8, 9]
+
+
+def test_prompt_logprobs_that_were_reported_are_not_computed_again_where_the_tier_has_their_pages() -> None:
+    contents: Contents = {}
+    first = Rig(page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    first.engine.add(request("r", list(range(30)), max_tokens=1, prompt_logprobs=0))
+    whole = run_to_end(first.engine, first.streams).prompt_logprobs["r", 0]
+    rig = Rig(page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    cut = replace(request("r", list(range(30)), max_tokens=3, prompt_logprobs=0), given=((),), num_scored=18)
+    rig.engine.add(cut)
+    streams = run_to_end(rig.engine, rig.streams)
+    assert streams.prompt_logprobs["r", 0] == whole[18:]
+    assert streams.tokens["r", 0] == expected(list(range(30)), 3)
+    assert rig.runner.batches[0].num_tokens == 30 - 16
