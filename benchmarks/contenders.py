@@ -41,11 +41,13 @@ class Manta:
 
     def __init__(self, setup: Setup) -> None:
         from engine.build import build_engine
-        from engine.config import EngineConfig, KVConfig
+        from engine.config import EngineConfig, KVConfig, SchedulerConfig
 
         # Rounds repeat the same prompts, and are to repeat the same work.
         kv = KVConfig(prefix_caching=False)
-        self._engine = build_engine(EngineConfig(model=str(setup.model), threads=setup.threads, kv=kv))
+        scheduler = SchedulerConfig(max_stall_s=None)
+        config = EngineConfig(model=str(setup.model), threads=setup.threads, kv=kv, scheduler=scheduler)
+        self._engine = build_engine(config)
 
     def run(self, items: Sequence[Item]) -> int:
         from engine.sampling_params import SamplingParams

@@ -81,7 +81,9 @@ def engine_of(path: Path, batch_limit: int, threads: int) -> Engine:
             threads=threads,
             max_model_len=pages_of,
             kv=KVConfig(memory="auto", prefix_caching=False),
-            scheduler=SchedulerConfig(max_sequences=batch_limit, max_batch_tokens=budget, admission="reserve"),
+            scheduler=SchedulerConfig(
+                max_sequences=batch_limit, max_batch_tokens=budget, max_stall_s=None, admission="reserve"
+            ),
         )
     )
 

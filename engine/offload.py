@@ -15,6 +15,9 @@ from engine.kv.pages import PagePool
 from engine.kv.tier import Load, Loaded, Save, Saved, Tier
 from engine.sequence import Sequence
 
+LEAST_SAVING = 16
+SAVING_SHARE = 8
+"""This part of the pool, at most, is held at once by pages that are being copied; LEAST_SAVING of a small one."""
 MAX_UNSAVED = 65536
 """Pages that may wait to be copied; beyond it the oldest are forgotten, as what they hold is likely to be gone soon."""
 
@@ -45,6 +48,10 @@ class Offload:
     def held_pages(self) -> set[int]:
         """Pages of the pool that have a reference because they are being copied."""
         return self._saving
+
+    def is_loading(self, sequence: Sequence) -> bool:
+        """Whether pages of it are on their way from the tier."""
+        return sequence.sequence_id in self._loading
 
     def totals(self) -> dict[str, Any]:
         """The fields of `EngineStats` that are this one's."""
@@ -94,7 +101,8 @@ class Offload:
         """Hands as many pages to the tier as it takes now."""
         if self._tier is None or not self._unsaved:
             return
-        room = self._tier.room()
+        may_hold = max(LEAST_SAVING, self._pool.num_pages // SAVING_SHARE)
+        room = min(self._tier.room(), may_hold - len(self._saving))
         chosen: list[Save] = []
         while len(chosen) < room and self._unsaved:
             _, save = self._unsaved.popitem(last=False)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from engine.config import Admission
 from engine.sequence import Sequence
 
+LEAST_CHUNK = 128
+"""Tokens of a prompt below which arithmetic on a CPU is no longer at its best: each costs more in shorter chunks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -66,3 +69,14 @@ def choose_victim(holders: Iterable[Sequence], beneficiary: Sequence) -> Sequenc
 def chunk_tokens(num_remaining: int, budget: int) -> int:
     """Tokens of a prompt to run in this iteration: as many as the token budget still has."""
     return min(num_remaining, budget)
+
+
+def unfelt_tokens(most: int, token_seconds: float, max_stall_s: float) -> int:
+    """Tokens of prompts in an iteration that streams wait for: `most`, halved until they take no longer than allowed.
+
+    Halves, so that noise in what a token costs does not make every iteration a different one; none below LEAST_CHUNK.
+    """
+    tokens = most
+    while tokens // 2 >= LEAST_CHUNK and tokens * token_seconds > max_stall_s:
+        tokens //= 2
+    return tokens

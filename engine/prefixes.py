@@ -41,6 +41,6 @@ class Prefixes:
 
     def _findable(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages that it need not compute: one token at least is left, as its logits are needed."""
-        if wants_prompt_logprobs(sequence):  # and here those of all
-            return []
+        if wants_prompt_logprobs(sequence):  # and here those of all that were not reported yet
+            return self.keys(sequence, sequence.num_scored // self._page_tokens)
         return self.keys(sequence, (len(sequence.tokens) - 1) // self._page_tokens)

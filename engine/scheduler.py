@@ -18,6 +18,7 @@ from engine.kv.pages import PagePool
 from engine.kv.tier import Tier
 from engine.lanes import Lanes
 from engine.offload import Offload
+from engine.pace import Pace
 from engine.policy import (
     ADMISSION_POLICIES,
     AdmissionPolicy,
@@ -27,6 +28,7 @@ from engine.policy import (
     chunk_tokens,
 )
 from engine.prefixes import Prefixes
+from engine.returning import Returning
 from engine.sequence import Emission, FinishReason, Order, Sequence, Status
 from engine.stats import EngineStats
 
@@ -60,6 +62,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._siblings: dict[str, list[Sequence]] = {}
+        self._returning = Returning(self.offload.is_loading)
+        self._pace = Pace(config.max_stall_s)
         self._sequences: dict[str, list[Sequence]] = {}
         self._lanes = Lanes(page_tokens)
         self._in_flight: deque[Layout] = deque()
@@ -100,6 +104,8 @@ class Scheduler:
         self._sequences[first.request.request_id] = sequences
         self._outstanding += sum(s.num_outstanding for s in sequences)
         insort(self.waiting, first, key=_by_order)
+        if first.request.given:
+            self._returning.add(sequences)
         if rest:
             self._siblings[first.request.request_id] = rest
 
@@ -122,9 +128,11 @@ class Scheduler:
     def plan(self) -> Batch | None:
         """The next iteration, or None when nothing can run before a batch in flight, or a page on its way, arrives."""
         self.settle()
+        if self._returning:
+            self._readmit()
         decodes = self._decodes()
         chunks: list[Chunk] = []
-        budget = self._prefill_running(chunks, self._config.max_batch_tokens - len(decodes))
+        budget = self._prefill_running(chunks, self._prompt_budget(len(decodes)))
         self._admit(chunks, budget)
         self.offload.send()
         if not decodes and not chunks:
@@ -151,6 +159,7 @@ class Scheduler:
         self._steps_back += 1
         self._last_step_tokens = batch.num_tokens
         self.offload.observe(batch.positions, output.stats.seconds)
+        self._pace.observe(batch.num_tokens, output.stats.seconds)
         self._lanes.append(layout.drawing_lanes, output.token_ids)
         scored = self._scored(layout, output)
         plain = not output.failed and not scored
@@ -166,6 +175,7 @@ class Scheduler:
                 self._prefixes.index(sequence)
             if self._siblings:
                 self._fork_siblings(sequence)
+            self._returning.discard(sequence)
             tokens, goes_on = sequence.tokens, token_id not in sequence.stop_token_ids
             plain_here = logprob is None and plain and not sequence.num_cached
             if goes_on and len(tokens) + 1 < sequence.max_len and plain_here:
@@ -197,35 +207,56 @@ class Scheduler:
                 decodes.append(sequence)
         return decodes
 
+    def _prompt_budget(self, num_decodes: int) -> int:
+        """Tokens of prompts to run beside so many decodes."""
+        most = self._config.max_batch_tokens
+        waited_for = num_decodes or self._returning
+        return min(most - num_decodes, self._pace.tokens(most)) if waited_for else most
+
     def _prefill_running(self, chunks: list[Chunk], budget: int) -> int:
-        for sequence in self.running:
+        """Spends the budget on running sequences, in order; returns what is left for others.
+
+        Nothing is while streams that go on from elsewhere are about to: a chunk would cost each of them its time.
+        """
+        near = self._returning.near(self.running) if self._returning else []
+        for sequence in near or self.running:
             if budget == 0:
                 break
             if not sequence.in_flight and sequence.num_remaining > 1:
                 count = chunk_tokens(sequence.num_remaining, budget)
                 chunks.append(Chunk(sequence, count))
                 budget -= count
-        return budget
+        return 0 if near else budget
+
+    def _readmit(self) -> None:
+        """Lets streams in that go on from elsewhere, though prompts take all tokens: their pages can come meanwhile."""
+        while self.waiting and self.waiting[0] in self._returning and self._let_in(self.waiting[0]):
+            pass
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self._config.max_sequences:
-            sequence = self.waiting[0]
-            found = self._prefixes.find(sequence)
-            need = self._pages_for(len(sequence.tokens)) - len(found)
-            # Pages that are found and idle are free ones too, and are not any more once they are shared.
-            now = need + self.pool.count_idle(found)
-            if now > self.pool.num_free or not self._admits(Demand(now, self._pages_at_most(sequence)), self._supply()):
-                break
-            self.pool.share(found)
-            sequence.pages = found + self.pool.allocate(need)
-            self._start(sequence, len(found) * self._page_tokens)
-            # It waits for what the tier has of it as if it were in flight.
-            sequence.in_flight = self._prefixes.load(sequence, len(found))
+        while self.waiting and budget > 0 and self._let_in(sequence := self.waiting[0]):
             if sequence.in_flight:
                 continue
             count = chunk_tokens(sequence.num_remaining, budget)
             chunks.append(Chunk(sequence, count))
             budget -= count
+
+    def _let_in(self, sequence: Sequence) -> bool:
+        """Starts the next sequence that waits, and the loading of what the tier has of it; False if it does not fit."""
+        if len(self.running) >= self._config.max_sequences:
+            return False
+        found = self._prefixes.find(sequence)
+        need = self._pages_for(len(sequence.tokens)) - len(found)
+        # Pages that are found and idle are free ones too, and are not any more once they are shared.
+        now = need + self.pool.count_idle(found)
+        if now > self.pool.num_free or not self._admits(Demand(now, self._pages_at_most(sequence)), self._supply()):
+            return False
+        self.pool.share(found)
+        sequence.pages = found + self.pool.allocate(need)
+        self._start(sequence, len(found) * self._page_tokens)
+        # It waits for what the tier has of it as if it were in flight.
+        sequence.in_flight = self._prefixes.load(sequence, len(found))
+        return True
 
     def settle(self, timeout_s: float = 0.0) -> None:
         """Takes back what the tier has finished with; waits up to `timeout_s` for the first."""
@@ -350,6 +381,7 @@ class Scheduler:
             insort(self.waiting, sequence, key=_by_order)
 
     def _finish(self, sequence: Sequence) -> None:
+        self._returning.discard(sequence)
         self._outstanding -= sequence.num_outstanding
         if sequence.status is Status.RUNNING:
             self._leave(sequence)

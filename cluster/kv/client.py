@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cluster.kv.allowance import Allowance
 from cluster.kv.checksum import crc32c
 from cluster.kv.connection import Connection, HostRefused, connect
 from cluster.kv.segment import SegmentError
@@ -46,12 +47,13 @@ REFUSED_RETRY_S = 30.0
 ANSWER_TIMEOUT_S = 5.0
 """For a host that takes longer to say anything to a load: the sequence is computed instead."""
 CLOSE_TIMEOUT_S = 2.0
-MAX_QUEUED = 64
-"""Pages that may be on their way to the host at once: each is held on the device until it is copied."""
+MAX_QUEUED = 256
+"""Pages that may be on their way to the host at once: each is held on the device until it is copied. An iteration may
+fill more pages than the host lends slots at a time, and what is not on its way by the next one waits that long."""
+GRANT_PATIENCE_S = 2.0
+"""How long pages wait for slots before they are refused. Longer than the host lets its disk take to make room."""
 MAX_COMMIT = 8
 """Pages that are copied before the host is told, and before a load that has come meanwhile."""
-BURST_S = 0.25
-"""Seconds' worth of the bandwidth for saving that may be used up at once."""
 _MEMORY = 0
 _GUESSES = {_MEMORY: 0.25e-9, ON_DISK: 2e-9, ELSEWHERE: 2e-9}
 """Seconds a byte, until copies have been measured."""
@@ -113,7 +115,11 @@ class TierClient:
         self._answers: list[Answer] = []
         self._stats = TierStats()
         self._num_saving = 0
-        self._allowance = _Allowance(bandwidth.save, memory.page_bytes, clock)
+        self._grants = True
+        """Whether the host lends slots; if not, no more pages are taken than there are slots for."""
+        self._starved_at: float | None = None
+        """Since when pages have waited for a slot; None while none do."""
+        self._allowance = Allowance(bandwidth.save, memory.page_bytes, clock)
         self._costs = {medium: CopyCost(guess * memory.page_bytes) for medium, guess in _GUESSES.items()}
         self._save_cost = CopyCost(_GUESSES[_MEMORY] * memory.page_bytes)
         self._connection: Connection | None = None
@@ -140,7 +146,9 @@ class TierClient:
         free = MAX_QUEUED - self._num_saving
         if connection is None:
             return free  # they are refused at once: what nobody takes must not pile up
-        return max(0, min(free, len(connection.credits) - self._num_saving, self._allowance.pages()))
+        if not self._grants:
+            free = min(free, len(connection.credits) - self._num_saving)
+        return max(0, min(free, self._allowance.pages()))
 
     def save(self, pages: list[Save]) -> None:
         self._allowance.take(len(pages))
@@ -220,13 +228,11 @@ class TierClient:
         for running in list(self._running.values()):
             self._finish(running)
         with self._changed:
-            loads, saves = list(self._loads), list(self._saves)
+            loads = list(self._loads)
             self._loads.clear()
-            self._saves.clear()
         for load in loads:
             self._answer(Loaded(load.ticket, 0))
-        for save in saves:
-            self._refuse(save)
+        self._refuse_saves()
 
     def _serve(self) -> None:
         """Talks to the host for as long as it is there."""
@@ -234,35 +240,54 @@ class TierClient:
         if path is None:
             return
         with connect(path, self._hello) as connection:
-            self._connection = connection
+            self._connection, self._grants, self._starved_at = connection, True, None
             logger.info("KV host at %s: %d pages", path, connection.segment.num_slots)
             while not self._closing:
-                for message in connection.receive(self._woken, ANSWER_TIMEOUT_S):
+                for message in connection.receive(self._woken, self._patience()):
                     self._handle(connection, message)
                 if any(self._clock() - running.heard > ANSWER_TIMEOUT_S for running in self._running.values()):
                     raise WireError(f"the host says nothing of a load for {ANSWER_TIMEOUT_S:.0f} s")
                 self._work(connection)
 
     def _work(self, connection: Connection) -> None:
-        """Does what the engine has asked for; loads first, as sequences wait for those."""
-        while self._loads or self._saves:
+        """Does what the engine has asked for; loads first, as sequences wait for those. Pages wait for slots."""
+        while self._loads or (self._saves and connection.credits):
             while self._loads:
                 load = self._loads.popleft()
                 now = self._clock()
                 self._running[load.ticket] = _Running(load, now, now)
                 connection.send(Find(load.ticket, load.keys))
             entries: list[Entry] = []
-            while self._saves and not self._loads and len(entries) < MAX_COMMIT:
-                save = self._saves.popleft()
-                if (entry := self._copy_out(connection, save)) is not None:
-                    entries.append(entry)
+            while self._saves and connection.credits and not self._loads and len(entries) < MAX_COMMIT:
+                entries.append(self._copy_out(connection, self._saves.popleft()))
             if entries:
                 connection.send(Commit(entries))
+        self._await_slots()
+
+    def _await_slots(self) -> None:
+        """Refuses the pages that wait once the host has lent no slot for too long.
+
+        All of them: those behind one that is not there could not be found.
+        """
+        if not self._saves:
+            self._starved_at = None
+        elif self._starved_at is None:
+            self._starved_at = self._clock()
+        elif self._clock() - self._starved_at >= GRANT_PATIENCE_S:
+            self._grants, self._starved_at = False, None
+            self._refuse_saves()
+
+    def _patience(self) -> float:
+        """Seconds that the host may be silent before something is to be done."""
+        if self._starved_at is None:
+            return ANSWER_TIMEOUT_S
+        return min(ANSWER_TIMEOUT_S, max(0.0, self._starved_at + GRANT_PATIENCE_S - self._clock()))
 
     def _handle(self, connection: Connection, message: Message) -> None:
         match message:
             case Grant(slots):
                 connection.credits.extend(slots)
+                self._grants, self._starved_at = True, None
             case Found(ticket, slots, crcs):
                 if (running := self._running.get(ticket)) is not None:
                     self._found(connection, running, slots, crcs)
@@ -272,11 +297,8 @@ class TierClient:
             case _:
                 raise WireError(f"the host sent a {type(message).__name__}")
 
-    def _copy_out(self, connection: Connection, save: Save) -> Entry | None:
-        """Copies a page to a slot of ours; what to commit, or None if there is none."""
-        if not connection.credits:
-            self._refuse(save)
-            return None
+    def _copy_out(self, connection: Connection, save: Save) -> Entry:
+        """Copies a page to a slot of ours; what to commit."""
         began = self._clock()
         slot = connection.credits.popleft()
         memory = connection.segment.slot(slot)
@@ -355,35 +377,14 @@ class TierClient:
         recompute = load.recompute_seconds(0) - load.recompute_seconds(running.copied)
         self._answer(Loaded(load.ticket, running.copied, seconds, running.predicted, recompute))
 
-    def _refuse(self, save: Save) -> None:
-        self._stats.pages_refused += 1
-        self._answer(Saved(save.page, False))
+    def _refuse_saves(self) -> None:
+        """Answers all pages that wait to be saved: they are not."""
+        while self._saves:
+            self._stats.pages_refused += 1
+            self._answer(Saved(self._saves.popleft().page, False))
 
     def _answer(self, answer: Answer) -> None:
         with self._changed:
             self._num_saving -= isinstance(answer, Saved)
             self._answers.append(answer)
             self._changed.notify()
-
-
-class _Allowance:
-    """How many pages the bandwidth for saving allows now: a bucket that fills with time."""
-
-    def __init__(self, bandwidth: float | None, page_bytes: int, clock: Callable[[], float]) -> None:
-        self._rate = None if bandwidth is None else bandwidth / page_bytes
-        self._most = 0.0 if self._rate is None else max(1.0, self._rate * BURST_S)
-        self._pages = self._most
-        self._clock = clock
-        self._filled = clock()
-
-    def pages(self) -> int:
-        if self._rate is None:
-            return MAX_QUEUED
-        now = self._clock()
-        self._pages = min(self._most, self._pages + (now - self._filled) * self._rate)
-        self._filled = now
-        return int(self._pages)
-
-    def take(self, pages: int) -> None:
-        if self._rate is not None:
-            self._pages -= pages

@@ -109,7 +109,7 @@ def generate(
             "threads": threads,
         },
         {"memory": kv_memory, "dtype": kv_dtype},
-        {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens},
+        {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "max_stall_s": None},
     )
     file = PromptFile(prompts, defaults)
     check_prompts(file)

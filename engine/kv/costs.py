@@ -12,6 +12,8 @@ GUESS = 1e-3
 """Seconds a token until something has been observed: a model of a billion parameters on two cores."""
 LEAST_TOKENS = 64
 """Of an iteration that tells something of prefill: smaller ones cost what reading the weights costs."""
+LEAST_PAGES = 8
+"""Copied, that outweigh the guess of what it takes to copy one."""
 
 
 class PrefillCost:
@@ -63,26 +65,27 @@ class PrefillCost:
 
 
 class CopyCost:
-    """Seconds to copy a page, from the latest copies."""
+    """Seconds to copy a page, from the latest copies, of which those of many pages count for more.
+
+    A thread that loses its core for a moment while it copies one page must not make all pages look dear: nobody would
+    load any again, and find out.
+    """
 
     def __init__(self, guess: float) -> None:
-        self._weight = 1.0
-        self._seconds = guess
-        self._guessed = True
+        self._guess = guess
+        self._pages = self._seconds = 0.0
 
     @property
     def page_seconds(self) -> float:
-        return self._seconds / self._weight
+        guessed = max(0.0, LEAST_PAGES - self._pages)
+        return (self._seconds + guessed * self._guess) / (self._pages + guessed)
 
     def observe(self, pages: int, seconds: float) -> None:
-        """`pages` were copied in `seconds`. The first observation replaces the guess."""
+        """`pages` were copied in `seconds`. The guess counts for what LEAST_PAGES leave."""
         if pages <= 0:
             return
-        if self._guessed:
-            self._weight = self._seconds = 0.0
-            self._guessed = False
-        self._weight = FORGET * self._weight + 1.0
-        self._seconds = FORGET * self._seconds + seconds / pages
+        self._pages = FORGET * self._pages + pages
+        self._seconds = FORGET * self._seconds + seconds
 
 
 LoadPolicy = Callable[[Sequence[float], Callable[[int], float]], int]

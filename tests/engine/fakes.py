@@ -21,7 +21,9 @@ def next_token(context: SequenceOf[int], seed: int = 0, sample_index: int = 0) -
 class LedgerRunner:
     """Writes tokens instead of keys and values, and reads the whole context back through the page table."""
 
-    def __init__(self, num_pages: int, page_tokens: int, poison: int | None = None) -> None:
+    def __init__(self, num_pages: int, page_tokens: int, poison: int | None = None, token_seconds: float = 0.0) -> None:
+        """`token_seconds`: what a token is said to take."""
+        self._token_seconds = token_seconds
         self._page_tokens = page_tokens
         self._slots: list[list[int | None]] = [[None] * page_tokens for _ in range(num_pages)]
         self._poison = poison
@@ -41,7 +43,7 @@ class LedgerRunner:
             tokens.append(token)
             logprobs.append(TokenLogprob(token, -1.0, 1) if index in samples.logprobs else None)
         scored = [tuple(TokenLogprob(t, -2.0, 1) for t in row.targets) for row in batch.prompt_logprobs]
-        stats = StepStats(batch.num_tokens, batch.num_sequences, 0.0)
+        stats = StepStats(batch.num_tokens, batch.num_sequences, batch.num_tokens * self._token_seconds)
         return StepOutput(batch.step, tokens, logprobs, scored, stats, failed)
 
     def page(self, page: int) -> list[int | None]:

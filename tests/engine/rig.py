@@ -28,6 +28,8 @@ class Rig:
     prefix_caching: bool = True
     tier: FakeTier | None = None
     namespace: str = ""
+    token_seconds: float = 0.0
+    max_stall_s: float | None = 0.25
     streams: Streams = field(default_factory=Streams)
 
     def __post_init__(self) -> None:
@@ -35,10 +37,11 @@ class Rig:
         config = SchedulerConfig(
             max_sequences=self.max_sequences,
             max_batch_tokens=max(self.max_batch_tokens, self.max_sequences),
+            max_stall_s=self.max_stall_s,
             admission=self.admission,
         )
         self.scheduler = Scheduler(config, self.pool, self.page_tokens, tier=self.tier)
-        self.runner = LedgerRunner(self.num_pages, self.page_tokens, self.poison)
+        self.runner = LedgerRunner(self.num_pages, self.page_tokens, self.poison, self.token_seconds)
         if self.tier is not None:
             self.tier.attach(self.runner)
         limits = Limits(self.num_pages * self.page_tokens, VOCAB)

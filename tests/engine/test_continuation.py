@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest
+from tests.engine.fake_tier import Contents, FakeTier
 from tests.engine.fakes import VOCAB, run_to_end
 from tests.engine.rig import Rig, expected, request
 
@@ -49,6 +50,44 @@ def test_a_request_that_goes_on_comes_before_those_that_wait() -> None:
     assert [name for name, _ in run_to_end(rig.engine, rig.streams).finished] == ["running", "cut", "waiting"]
 
 
+def test_a_stream_whose_pages_are_there_waits_for_nobodys_prompt() -> None:
+    contents: Contents = {}
+    stem, answer = list(range(50)), expected(list(range(50)), 4)
+    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    first.engine.add(request("cut", stem, max_tokens=2))
+    run_to_end(first.engine, first.streams)
+    for delay in (0, 3):
+        rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents, delay=lambda d=delay: d))
+        rig.engine.add(request("long", [90] * 1000, max_tokens=2))
+        rig.step()
+        rig.step()
+        rig.engine.add(replace(request("cut", stem, max_tokens=4), given=(tuple(answer[:2]),)))
+        before = len(rig.runner.batches)
+        while ("cut", 0) not in rig.streams.tokens:
+            rig.step()
+        (batch,) = rig.runner.batches[before:]
+        assert batch.num_tokens == 52 - 48, "what a page had no room for, and nothing of the long prompt"
+        streams = run_to_end(rig.engine, rig.streams)
+        assert streams.tokens["cut", 0] == answer[2:]
+        assert streams.tokens["long", 0] == expected([90] * 1000, 2), "its turn came"
+        rig.check_nothing_left()
+
+
+def test_a_stream_that_is_computed_again_lets_others_go_on() -> None:
+    rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=300)
+    rig.engine.add(request("decodes", [1, 2], max_tokens=8))
+    rig.step()
+    rig.engine.add(replace(request("cut", [90] * 1000, max_tokens=3), given=((5,),)))
+    rig.engine.add(replace(request("also cut", [80] * 700, max_tokens=3), given=((5,),)))
+    begun = len(rig.streams.tokens["decodes", 0])
+    for _ in range(3):
+        rig.step()
+    assert len(rig.streams.tokens["decodes", 0]) == begun + 3
+    assert [batch.num_tokens for batch in rig.runner.batches[1:4]] == [300] * 3, "of which all but one are theirs"
+    assert sorted(name for name, _ in run_to_end(rig.engine, rig.streams).finished) == ["also cut", "cut", "decodes"]
+    rig.check_nothing_left()
+
+
 def test_given_tokens_are_checked() -> None:
     rig = Rig()
     good = request("r", [1, 2], n=2, max_tokens=3)
@@ -67,3 +106,17 @@ def test_prompt_logprobs_go_on_where_they_were_cut() -> None:
     rig.engine.add(cut)
     found = run_to_end(rig.engine).prompt_logprobs["r", 0]
     assert [logprob.token_id for logprob in found] == [5, 6, 7, 8, 9]
+
+
+def test_prompt_logprobs_that_were_reported_are_not_computed_again_where_the_tier_has_their_pages() -> None:
+    contents: Contents = {}
+    first = Rig(page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    first.engine.add(request("r", list(range(30)), max_tokens=1, prompt_logprobs=0))
+    whole = run_to_end(first.engine, first.streams).prompt_logprobs["r", 0]
+    rig = Rig(page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    cut = replace(request("r", list(range(30)), max_tokens=3, prompt_logprobs=0), given=((),), num_scored=18)
+    rig.engine.add(cut)
+    streams = run_to_end(rig.engine, rig.streams)
+    assert streams.prompt_logprobs["r", 0] == whole[18:]
+    assert streams.tokens["r", 0] == expected(list(range(30)), 3)
+    assert rig.runner.batches[0].num_tokens == 30 - 16

@@ -112,6 +112,21 @@ def test_loads_are_scored_against_what_was_predicted() -> None:
     assert (score.actual, score.predicted, score.saved, score.regretted) == (2.0, 1.0, 3.0, 0.0)
 
 
+def test_copying_holds_a_small_part_of_the_pool_and_goes_on_in_order() -> None:
+    rig = Rig(num_pages=160, page_tokens=2, max_batch_tokens=100, tier=FakeTier(delay=lambda: 2, max_saving=50))
+    rig.engine.add(request("x", list(range(60)), max_tokens=40))
+    held = []
+    while ("x", 0) not in rig.streams.finished:
+        rig.step()
+        held.append(len(rig.scheduler.offload.held_pages))
+    run_to_end(rig.engine, rig.streams)
+    assert max(held) == 20
+    assert rig.tier is not None
+    saves = rig.tier.offered
+    assert len(saves) == (60 + 39) // 2
+    assert [save.parent for save in saves] == [b"", *(save.key for save in saves[:-1])]
+
+
 def test_a_page_is_offered_once_for_as_long_as_the_tier_has_it() -> None:
     rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier())
     for name in "abc":

@@ -1,8 +1,19 @@
 """Admission and victims, called with numbers."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.policy import Demand, Supply, admit_optimistic, admit_reserved, choose_victim, chunk_tokens
+from engine.policy import (
+    LEAST_CHUNK,
+    Demand,
+    Supply,
+    admit_optimistic,
+    admit_reserved,
+    choose_victim,
+    chunk_tokens,
+    unfelt_tokens,
+)
 from engine.sampling_params import SamplingParams
 from engine.sequence import Order, Request, Sequence
 
@@ -43,3 +54,18 @@ def test_nobody_yields_to_a_later_sequence_and_nobody_in_flight_yields() -> None
 
 def test_a_chunk_is_what_the_budget_leaves() -> None:
     assert (chunk_tokens(100, 30), chunk_tokens(10, 30)) == (30, 10)
+
+
+@given(
+    most=st.integers(1, 10_000),
+    token_seconds=st.floats(0.0, 1.0, allow_nan=False),
+    max_stall_s=st.floats(0.01, 2.0, allow_nan=False),
+)
+def test_prompts_beside_decodes_take_no_longer_than_allowed_where_short_chunks_can_help(
+    most: int, token_seconds: float, max_stall_s: float
+) -> None:
+    tokens = unfelt_tokens(most, token_seconds, max_stall_s)
+    assert min(most, LEAST_CHUNK) <= tokens <= most
+    assert tokens * token_seconds <= max_stall_s or tokens < 2 * LEAST_CHUNK
+    longer = 2 * tokens + 1
+    assert longer > most or longer * token_seconds > max_stall_s, "no shorter than it must be"

@@ -145,6 +145,19 @@ def test_decodes_go_on_while_a_long_prompt_is_prefilled() -> None:
     assert max(b.num_tokens for b in rig.runner.batches) == 8
 
 
+@pytest.mark.parametrize(("max_stall_s", "chunks"), [(0.25, [128, 128, 128, 128, 88]), (None, [600])])
+def test_a_long_prompt_holds_decodes_up_no_longer_than_it_must(max_stall_s: float | None, chunks: list[int]) -> None:
+    rig = Rig(num_pages=300, page_tokens=16, max_batch_tokens=1024, token_seconds=1e-3, max_stall_s=max_stall_s)
+    rig.engine.add(request("alone", [n % 90 for n in range(2048)], max_tokens=30))
+    rig.step()
+    rig.step()
+    assert [batch.num_tokens for batch in rig.runner.batches] == [1024, 1024], "nobody waits for these"
+    rig.engine.add(request("late", [90 - n % 80 for n in range(600)], max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    beside = [batch.num_tokens - 1 for batch in rig.runner.batches[2:] if batch.num_tokens > 1]
+    assert beside == chunks
+
+
 def test_a_late_joiner_waits_at_most_one_iteration() -> None:
     rig = Rig(num_pages=200)
     rig.engine.add(request("first", [1, 2], max_tokens=50))

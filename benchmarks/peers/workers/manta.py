@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import engine as _spinning  # noqa: F401  Bounds the spinning of threads; has to come before torch.
 from engine.build import assemble
-from engine.config import EngineConfig, KVConfig, Quantization
+from engine.config import EngineConfig, KVConfig, Quantization, SchedulerConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 
@@ -22,6 +22,7 @@ class Manta:
             threads=load.threads,
             quantization=_QUANTIZATION[load.format],
             kv=KVConfig(memory=load.kv_bytes, prefix_caching=False),
+            scheduler=SchedulerConfig(max_stall_s=None),
         )
         assembly = assemble(config)
         self._engine = assembly.engine

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cluster.kv.client import UNLIMITED, Bandwidth, TierClient
 from cluster.kv.segment import Segment, tag_of
+from cluster.kv.store import MAX_CREDIT
 from engine.kv.tier import Answer, Load, Loaded, Save, Saved
 from tests.cluster.kv.hosts import PATIENCE_S, Host, eventually
 
@@ -198,6 +199,40 @@ def test_more_pages_than_the_host_holds_leave_the_beginnings_findable(
     loaded = load(client, keys, first_page=100)
     assert 0 < loaded.num_pages < 100
     assert np.array_equal(pages.bytes[100 : 100 + loaded.num_pages], pages.bytes[: loaded.num_pages])
+
+
+def test_a_chunk_that_fills_more_pages_than_there_are_slots_is_taken_and_saved_whole(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    host.start()
+    pages, keys = Pages(100), keys_of(100)
+    client = connect(pages)
+    assert client.room() >= 100
+    client.save([Save(key, keys[page - 1] if page else b"", page) for page, key in enumerate(keys)])
+    answers = answers_of(client, 100)
+    assert answers == [Saved(page, True) for page in range(100)], "oldest first: a load ends at the first gap"
+    assert load(client, keys, first_page=100).num_pages == 100
+    assert np.array_equal(pages.bytes[100:], pages.bytes[:100])
+
+
+def test_pages_that_wait_for_slots_of_a_silent_host_are_given_back(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    host.start()
+    pages, keys = Pages(100), keys_of(100)
+    client = connect(pages)
+    save(client, keys[:1])
+    host.send(signal.SIGSTOP)
+    client.save([Save(keys[page], keys[page - 1], page) for page in range(1, 100)])
+    stored = [answer.stored for answer in answers_of(client, 99) if isinstance(answer, Saved)]
+    assert 0 < stored.count(True) <= MAX_CREDIT
+    assert stored == sorted(stored, reverse=True), "no page is stored behind one that is not"
+    assert client.connected
+    assert client.room() == 0, "what nobody takes waits where it is found"
+    host.send(signal.SIGCONT)
+    eventually(lambda: client.room() >= 100)
+    assert all(save(client, keys))
+    assert load(client, keys, first_page=100).num_pages == 100
 
 
 def test_saving_keeps_to_its_bandwidth(host: Host, connect: Callable[..., TierClient]) -> None:

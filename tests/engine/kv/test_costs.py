@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kv.costs import GUESS, LEAST_TOKENS, CopyCost, PrefillCost, choose_load
+from engine.kv.costs import GUESS, LEAST_PAGES, LEAST_TOKENS, CopyCost, PrefillCost, choose_load
 
 TOKEN, KEY = 1e-3, 2e-7
 """Seconds, of a device that the tests make up."""
@@ -63,13 +63,23 @@ def test_predictions_are_never_negative(chunks: list[tuple[int, int, float]], fi
 def test_copies_follow_what_they_took() -> None:
     cost = CopyCost(5.0)
     assert cost.page_seconds == 5.0
-    cost.observe(10, 1.0)
+    cost.observe(LEAST_PAGES, 0.1 * LEAST_PAGES)
     assert cost.page_seconds == pytest.approx(0.1)
     for _ in range(100):
         cost.observe(4, 0.8)
     assert cost.page_seconds == pytest.approx(0.2, rel=0.02)
     cost.observe(0, 9.0)
     assert cost.page_seconds == pytest.approx(0.2, rel=0.02)
+
+
+def test_one_page_that_took_long_does_not_make_all_pages_dear() -> None:
+    cost, slow = CopyCost(1e-4), 0.05
+    cost.observe(1, slow)
+    assert cost.page_seconds < slow / (LEAST_PAGES - 1)
+    cost.observe(250, 0.025)
+    assert cost.page_seconds < 4e-4
+    cost.observe(1, slow)
+    assert cost.page_seconds < 6e-4
 
 
 @given(pages=st.lists(st.floats(0.0, 1.0), max_size=30), compute=st.floats(0.0, 1.0))

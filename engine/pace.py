@@ -1,0 +1,33 @@
+"""How long iterations take in which prompts are computed, and how much of a prompt streams need not feel.
+
+Learns from what iterations took, whatever else ran on the machine meanwhile. Knows no clock and no sequence.
+"""
+
+from engine.kv.costs import LEAST_TOKENS
+from engine.policy import unfelt_tokens
+
+_FORGET = 0.5
+"""Weight of what was known when an iteration comes: neighbours on the same cores come and go within a few."""
+
+
+class Pace:
+    """Tokens that an iteration may spend on prompts beside streams that decode."""
+
+    def __init__(self, max_stall_s: float | None) -> None:
+        """`max_stall_s`: what such an iteration should take at most; None is no limit."""
+        self._max_stall_s = max_stall_s
+        self._token_seconds: float | None = None
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """An iteration of so many tokens took so long; those of few tokens cost what reading the weights costs."""
+        if tokens < LEAST_TOKENS:
+            return
+        latest = seconds / tokens
+        known = latest if self._token_seconds is None else self._token_seconds
+        self._token_seconds = _FORGET * known + (1 - _FORGET) * latest
+
+    def tokens(self, most: int) -> int:
+        """Of a prompt, beside streams that decode; `most` until anything is known."""
+        if self._max_stall_s is None or self._token_seconds is None:
+            return most
+        return unfelt_tokens(most, self._token_seconds, self._max_stall_s)

@@ -1,0 +1,38 @@
+"""Streams that go on from another replica, until they have brought a token here: somebody has been reading them.
+
+Owns who they are and which of them are about to; the scheduler decides what others wait for.
+"""
+
+from collections.abc import Callable, Iterable
+
+from engine.policy import LEAST_CHUNK
+from engine.sequence import Sequence
+
+
+class Returning:
+    """Sequences that go on from elsewhere and have not drawn a token."""
+
+    def __init__(self, is_loading: Callable[[Sequence], bool]) -> None:
+        """`is_loading`: whether pages of a sequence are on their way from the tier."""
+        self._sequences: set[Sequence] = set()
+        self._is_loading = is_loading
+
+    def __bool__(self) -> bool:
+        return bool(self._sequences)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._sequences
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        self._sequences.update(sequences)
+
+    def discard(self, sequence: Sequence) -> None:
+        """It has drawn a token, or is over; one that never was here is ignored."""
+        self._sequences.discard(sequence)
+
+    def near(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Those of which next to nothing is to be computed, or may be, as they wait for the tier; in their order."""
+        return [sequence for sequence in running if sequence in self._sequences and self._is_near(sequence)]
+
+    def _is_near(self, sequence: Sequence) -> bool:
+        return sequence.num_remaining <= LEAST_CHUNK or self._is_loading(sequence)
