@@ -7,8 +7,9 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from benchmarks.chaos import percentile
-from benchmarks.chaos_streams import Answer, Choice, ask, kinds
+from benchmarks.chaos_client import ask
+from benchmarks.chaos_streams import Answer, Choice, kinds
+from benchmarks.chaos_tally import percentile
 
 
 def answer(text: str = "abc", reason: str = "length", logprobs: tuple[float, ...] = (-1.0,), tokens: int = 3) -> Answer:
