@@ -24,12 +24,13 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import machine, models
-from benchmarks.chaos_client import ask_all
+from benchmarks.chaos_client import SILENCE_S, ask_all
 from benchmarks.chaos_server import ANSWER_TIMEOUT_S, VICTIMS, Server
 from benchmarks.chaos_streams import PROMPT, Answer, Kind, kinds, lengthened, salted
 from benchmarks.chaos_tally import Tally
@@ -41,17 +42,24 @@ _STARTED_S = 5.0
 """From the moment that a gateway's process is there until requests are sent to it."""
 
 
-async def ask_and_kill(
-    server: Server, asked: Sequence[Kind], delay: float, victim: str, pid: int, how: int, *, comes_back: bool
+async def ask_under(
+    url: str,
+    asked: Sequence[Kind],
+    delay: float,
+    strike: Callable[[], None],
+    *,
+    comes_back: bool,
+    silence_s: float = SILENCE_S,
 ) -> tuple[list[Answer], float]:
-    """The answers, and the moment of the kill."""
+    """The answers to all of them, and the moment at which something struck."""
 
-    async def kill() -> float:
+    async def wait_and_strike() -> float:
         await asyncio.sleep(delay)
-        server.kill(victim, pid, how)
+        strike()
         return time.monotonic()
 
-    answers, moment = await asyncio.gather(ask_all(server.url, asked, comes_back=comes_back), kill())
+    asking = ask_all(url, asked, comes_back=comes_back, silence_s=silence_s)
+    answers, moment = await asyncio.gather(asking, wait_and_strike())
     return answers, moment
 
 
@@ -116,7 +124,8 @@ def run_kills(server: Server, calm: Calm, plan: Plan) -> Tally:
         delay = rng.uniform(earliest, 0.9 * calm.seconds)
         pid = rng.choice(server.pids(victim))
         asked = salted(calm.asked, str(number))
-        answers, moment = asyncio.run(ask_and_kill(server, asked, delay, victim, pid, plan.how, comes_back=comes_back))
+        strike = partial(server.kill, victim, pid, plan.how)
+        answers, moment = asyncio.run(ask_under(server.url, asked, delay, strike, comes_back=comes_back))
         _await_all(server, victim)
         # A gateway's counters may go with it.
         continued = max(0.0, sum(server.series("manta:request_continuations_total")) - continued)

@@ -30,6 +30,9 @@ START_EVERY = 5
 """Periods between two looks for nodes without a host: one whose host cannot start is not to be kept busy with that."""
 ANSWER_TIMEOUT_S = 10.0
 """For a host to answer; one that starts again after a crash reads its disk first."""
+MOST_MISSED = 3
+"""Answers in a row that a host may owe before it is ended, so that Ray starts it again: as many as Serve allows. One
+that hangs would otherwise do so for ever, and its node would be without."""
 _NODE_LABEL = 12
 """Characters of a node's id: enough to tell nodes apart."""
 
@@ -77,6 +80,43 @@ class HostMeter:
                 self._recorder.unset(name, (node,))
 
 
+class Silences:
+    """Which hosts owe answers, and whose patience is at an end. Pure.
+
+    A host that has not answered yet is starting, and may read its disk for long; so may one that Ray starts again.
+    """
+
+    def __init__(self) -> None:
+        self._missed: dict[str, int] = {}
+        """Node -> answers owed in a row, of hosts that have answered since they were started."""
+        self._said: set[str] = set()
+        """Nodes whose hosts did not answer when last asked, which has been said."""
+
+    def answered(self, node: str) -> None:
+        self._missed[node] = 0
+        self._said.discard(node)
+
+    def timed_out(self, node: str) -> bool:
+        """The host is there and says nothing; whether to end it."""
+        if node not in self._missed:
+            return False
+        self._missed[node] += 1
+        if self._missed[node] < MOST_MISSED:
+            return False
+        del self._missed[node]
+        return True
+
+    def gone(self, node: str) -> None:
+        """There is no host now: Ray starts it again, or the node is gone too."""
+        self._missed.pop(node, None)
+
+    def is_news(self, node: str) -> bool:
+        """Whether nobody has been told yet that this host does not answer."""
+        known = node in self._said
+        self._said.add(node)
+        return not known
+
+
 class KVHosts:
     """The keeper of the application's KV hosts."""
 
@@ -88,8 +128,7 @@ class KVHosts:
         self._application = serve.get_replica_context().app_name
         self._keeper = time.time_ns()
         self._hosts: dict[str, Any] = {}
-        self._silent: set[str] = set()
-        """Nodes whose hosts did not answer when last asked, which has been said."""
+        self._silences = Silences()
         recorder = Recorder()
         self._meter = HostMeter(recorder)
         push = hub.options(method_name="push")
@@ -122,12 +161,20 @@ class KVHosts:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 self._meter.update(label, await self._hosts[node].renew.remote(self._keeper, self._config, others))
-            self._silent.discard(node)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            self._meter.forget(label)
-            if node not in self._silent:
-                self._silent.add(node)
-                logger.warning("The KV host of node %s does not answer: %s", label, _why(error))
+            self._silences.answered(node)
+        except ray.exceptions.RayError as error:
+            self._silences.gone(node)
+            self._missing(node, _why(error))
+        except TimeoutError:
+            self._missing(node, f"nothing in {ANSWER_TIMEOUT_S:.0f} s")
+            if self._silences.timed_out(node):
+                logger.warning("The KV host of node %s is ended and started again", label)
+                ray.kill(self._hosts[node], no_restart=False)
+
+    def _missing(self, node: str, reason: str) -> None:
+        self._meter.forget(node[:_NODE_LABEL])
+        if self._silences.is_news(node):
+            logger.warning("The KV host of node %s does not answer: %s", node[:_NODE_LABEL], reason)
 
     async def __del__(self) -> None:
         # Serve awaits this at the end of a graceful shutdown.

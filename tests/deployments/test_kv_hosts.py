@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from cluster.kv.stats import HostStats
-from deployments.kv_hosts import HostMeter
+from deployments.kv_hosts import MOST_MISSED, HostMeter, Silences
 from monitoring.recorder import Recorder
 from monitoring.store import MetricsStore
 
@@ -36,3 +36,31 @@ def test_nodes_are_told_apart_and_gone_ones_show_nothing() -> None:
     store.push("keeper", recorder.drain())
     exposition = store.render().decode()
     assert 'node="a"' not in exposition and 'node="b"' in exposition
+
+
+def test_a_host_that_hangs_is_given_up_once_and_one_that_starts_never() -> None:
+    silences = Silences()
+    assert not any(silences.timed_out("a") for _ in range(100)), "it has not answered yet: it reads its disk"
+    silences.answered("a")
+    silences.answered("b")
+    patience = [silences.timed_out("a") for _ in range(MOST_MISSED)]
+    assert patience == [False] * (MOST_MISSED - 1) + [True]
+    assert not any(silences.timed_out("a") for _ in range(100)), "it is being started again"
+    assert not silences.timed_out("b"), "hosts are told apart"
+
+
+def test_a_host_that_was_late_or_was_started_again_has_all_the_time_again() -> None:
+    silences = Silences()
+    for again in (silences.answered, silences.gone):
+        silences.answered("a")
+        assert not any(silences.timed_out("a") for _ in range(MOST_MISSED - 1))
+        again("a")
+        assert not any(silences.timed_out("a") for _ in range(MOST_MISSED - 1))
+
+
+def test_silence_is_news_once_until_it_is_over() -> None:
+    silences = Silences()
+    assert [silences.is_news("a") for _ in range(3)] == [True, False, False]
+    assert silences.is_news("b")
+    silences.answered("a")
+    assert silences.is_news("a")
