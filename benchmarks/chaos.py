@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import machine, models
-from benchmarks.chaos_client import SILENCE_S, ask_all
+from benchmarks.chaos_client import ask_all
 from benchmarks.chaos_server import ANSWER_TIMEOUT_S, VICTIMS, Server
 from benchmarks.chaos_streams import PROMPT, Answer, Kind, kinds, lengthened, salted
 from benchmarks.chaos_tally import Tally
@@ -43,13 +43,7 @@ _STARTED_S = 5.0
 
 
 async def ask_under(
-    url: str,
-    asked: Sequence[Kind],
-    delay: float,
-    strike: Callable[[], None],
-    *,
-    comes_back: bool,
-    silence_s: float = SILENCE_S,
+    url: str, asked: Sequence[Kind], delay: float, strike: Callable[[], None], *, comes_back: bool
 ) -> tuple[list[Answer], float]:
     """The answers to all of them, and the moment at which something struck."""
 
@@ -58,8 +52,7 @@ async def ask_under(
         strike()
         return time.monotonic()
 
-    asking = ask_all(url, asked, comes_back=comes_back, silence_s=silence_s)
-    answers, moment = await asyncio.gather(asking, wait_and_strike())
+    answers, moment = await asyncio.gather(ask_all(url, asked, comes_back=comes_back), wait_and_strike())
     return answers, moment
 
 

@@ -27,9 +27,19 @@ class _Lost(Exception):
     """The connection is gone, or whoever should have answered it; says how."""
 
 
-async def ask(http: httpx.AsyncClient, kind: Kind, *, comes_back: bool = False, silence_s: float = SILENCE_S) -> Answer:
-    """Reads one answer to its end; an error is a part of it. Unless it `comes_back`, so is a lost connection."""
-    answer = Answer()
+async def ask(
+    http: httpx.AsyncClient,
+    kind: Kind,
+    *,
+    comes_back: bool = False,
+    silence_s: float = SILENCE_S,
+    into: Answer | None = None,
+) -> Answer:
+    """Reads one answer to its end; an error is a part of it. Unless it `comes_back`, so is a lost connection.
+
+    `into`: an empty answer to write to, for somebody who watches.
+    """
+    answer = Answer() if into is None else into
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -48,11 +58,20 @@ async def ask(http: httpx.AsyncClient, kind: Kind, *, comes_back: bool = False, 
 
 
 async def ask_all(
-    url: str, asked: Sequence[Kind], *, comes_back: bool = False, silence_s: float = SILENCE_S
+    url: str,
+    asked: Sequence[Kind],
+    *,
+    comes_back: bool = False,
+    silence_s: float = SILENCE_S,
+    into: Sequence[Answer] | None = None,
 ) -> list[Answer]:
     """The answers to all of them, asked at once."""
+    answers = [Answer() for _ in asked] if into is None else into
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as http:
-        asking = (ask(http, kind, comes_back=comes_back, silence_s=silence_s) for kind in asked)
+        asking = (
+            ask(http, kind, comes_back=comes_back, silence_s=silence_s, into=answer)
+            for kind, answer in zip(asked, answers, strict=True)
+        )
         return await asyncio.gather(*asking)
 
 

@@ -19,6 +19,8 @@ VICTIMS = {"replica": b":LLMReplica", "kv-host": b":KVHostActor", "gateway": b":
 """Who can be killed: name -> what the command line of its process has."""
 _LOADED = re.compile(r"^\S+ INFO replica (\w+): .* pages of \d+ tokens", re.MULTILINE)
 """What a replica logs once it has loaded the model."""
+_LINKED = re.compile(r"^\S+ INFO replica \w+: KV host at ", re.MULTILINE)
+"""What a replica logs once it has found the KV host."""
 
 
 class Server:
@@ -32,6 +34,8 @@ class Server:
         command += [] if kv_host else ["--kv-host-memory", "0"]
         self._counts = {"replica": replicas, "kv-host": int(kv_host), "gateway": gateways}
         self._killed: dict[str, set[int]] = {name: set() for name in VICTIMS}
+        self._num_linked = 0
+        """How often a replica had found a KV host when one was killed last."""
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -57,23 +61,29 @@ class Server:
 
     def kill(self, victim: str, pid: int, how: int) -> None:
         """Sends a signal that ends a process, or that has it replaced."""
+        if victim == "kv-host":
+            self._num_linked = len(_LINKED.findall(self._logged()))
         os.kill(pid, how)
         self._killed[victim].add(pid)
 
     def complete(self) -> bool:
         """Whether there are as many of each as there should be, none of them killed, and all serve.
 
-        Replicas by the log: metrics keep those of a dead one for a while, and a process is there before its model is.
-        The KV host by its clients: it serves once all replicas have found it.
+        By the log: metrics keep those of a dead one for a while, and a process is there before it serves.
         """
         for name, count in self._counts.items():
             pids = self.pids(name)
             if len(pids) != count or self._killed[name].intersection(pids):
                 return False
-        loaded = set(_LOADED.findall(self._log.read_text(encoding="utf-8", errors="replace")))
-        if len(loaded) - len(self._killed["replica"]) != self._counts["replica"] or not is_ready(self._http):
+        logged = self._logged()
+        num_loaded = len(set(_LOADED.findall(logged))) - len(self._killed["replica"])
+        num_linked = len(_LINKED.findall(logged)) - self._num_linked
+        if num_loaded != self._counts["replica"] or num_linked < self._counts["kv-host"] * num_loaded:
             return False
-        return not self._counts["kv-host"] or sum(self.series("manta:kv_host_clients")) == self._counts["replica"]
+        return is_ready(self._http)
+
+    def _logged(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def series(self, name: str) -> list[float]:
         """The values of all series of a metric."""

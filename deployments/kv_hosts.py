@@ -33,6 +33,8 @@ ANSWER_TIMEOUT_S = 10.0
 MOST_MISSED = 3
 """Answers in a row that a host may owe before it is ended, so that Ray starts it again: as many as Serve allows. One
 that hangs would otherwise do so for ever, and its node would be without."""
+MOST_MISSED_AT_START = 12
+"""The same for one that has not answered yet: it may look through a large disk."""
 _NODE_LABEL = 12
 """Characters of a node's id: enough to tell nodes apart."""
 
@@ -81,34 +83,33 @@ class HostMeter:
 
 
 class Silences:
-    """Which hosts owe answers, and whose patience is at an end. Pure.
-
-    A host that has not answered yet is starting, and may read its disk for long; so may one that Ray starts again.
-    """
+    """Which hosts owe answers, and when that is too long. Pure."""
 
     def __init__(self) -> None:
         self._missed: dict[str, int] = {}
-        """Node -> answers owed in a row, of hosts that have answered since they were started."""
+        """Node -> answers owed in a row."""
+        self._started: set[str] = set()
+        """Nodes whose hosts have answered since they were last started."""
         self._said: set[str] = set()
         """Nodes whose hosts did not answer when last asked, which has been said."""
 
     def answered(self, node: str) -> None:
         self._missed[node] = 0
+        self._started.add(node)
         self._said.discard(node)
 
     def timed_out(self, node: str) -> bool:
-        """The host is there and says nothing; whether to end it."""
-        if node not in self._missed:
+        """The host is there and says nothing; whether to end it, after which it is another one."""
+        self._missed[node] = self._missed.get(node, 0) + 1
+        if self._missed[node] < (MOST_MISSED if node in self._started else MOST_MISSED_AT_START):
             return False
-        self._missed[node] += 1
-        if self._missed[node] < MOST_MISSED:
-            return False
-        del self._missed[node]
+        self.gone(node)
         return True
 
     def gone(self, node: str) -> None:
         """There is no host now: Ray starts it again, or the node is gone too."""
         self._missed.pop(node, None)
+        self._started.discard(node)
 
     def is_news(self, node: str) -> bool:
         """Whether nobody has been told yet that this host does not answer."""

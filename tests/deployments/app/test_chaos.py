@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from benchmarks.chaos import Calm, ask_under, undisturbed
+from benchmarks.chaos import Calm, undisturbed
+from benchmarks.chaos_client import SILENCE_S, ask_all
 from benchmarks.chaos_server import Server
 from benchmarks.chaos_streams import PROMPT, Answer, salted
 
 MAX_TOKENS = 400
-SILENCE_S = 2.0
-"""After which the clients give a connection up; the pauses of a calm stream are far shorter."""
+IMPATIENT_S = 2.0
+"""After which clients give up the connection to a stopped gateway; the pauses of a calm stream are far shorter."""
 STOPPED_S = 4.0
+STRUCK_AT = 50
+"""Events that every stream has had by then."""
 PATIENCE_S = 90.0
 
 
@@ -36,13 +39,23 @@ def calm(server: Server) -> Calm:
     return undisturbed(server.url, "model", PROMPT, 0, MAX_TOKENS)
 
 
-def answers_under(server: Server, calm: Calm, salt: str, strike: Callable[[], None]) -> list[Answer]:
+def answers_under(
+    server: Server, calm: Calm, salt: str, strike: Callable[[], None], silence_s: float = SILENCE_S
+) -> list[Answer]:
     """All kinds of requests with something that strikes amid them; none ends in an error, none differs."""
-    asking = ask_under(
-        server.url, salted(calm.asked, salt), calm.seconds / 2, strike, comes_back=True, silence_s=SILENCE_S
-    )
-    answers, _ = asyncio.run(asking)
-    for kind, answer, expected in zip(calm.asked, answers, calm.answers, strict=True):
+    asked = salted(calm.asked, salt)
+    answers = [Answer() for _ in asked]
+    streams = [answer for answer, kind in zip(answers, asked, strict=True) if kind.body.get("stream")]
+
+    async def ask_and_strike() -> None:
+        asking = asyncio.create_task(ask_all(server.url, asked, comes_back=True, silence_s=silence_s, into=answers))
+        while min(answer.num_events for answer in streams) < STRUCK_AT:
+            await asyncio.sleep(0.01)
+        strike()
+        await asking
+
+    asyncio.run(asyncio.wait_for(ask_and_strike(), PATIENCE_S))
+    for kind, answer, expected in zip(asked, answers, calm.answers, strict=True):
         assert answer.error is None, kind.name
         assert answer.difference(expected) is None, kind.name
     return answers
@@ -76,7 +89,7 @@ def test_a_killed_kv_host_costs_no_connection(server: Server, calm: Calm) -> Non
 
 
 def test_a_stopped_kv_host_stops_neither_replicas_nor_those_who_take_their_streams(server: Server, calm: Calm) -> None:
-    """A replica dies too: the other one looks for pages at a host that says nothing."""
+    """A replica dies too: the other one looks for pages at a host that says nothing, for as long as it has patience."""
 
     def strike() -> None:
         server.kill("kv-host", server.pids("kv-host")[0], signal.SIGSTOP)
@@ -95,7 +108,7 @@ def test_a_gateway_that_is_stopped_for_a_while_costs_no_answer(server: Server, c
         os.kill(victim, signal.SIGSTOP)
         threading.Timer(STOPPED_S, os.kill, (victim, signal.SIGCONT)).start()
 
-    answers = answers_under(server, calm, "gateway stopped", strike)
+    answers = answers_under(server, calm, "gateway stopped", strike, IMPATIENT_S)
     assert any(answer.resumed for answer in answers), "no stream was at that gateway"
 
 
