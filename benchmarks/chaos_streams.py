@@ -4,6 +4,7 @@ Knows the API and nothing of who is killed, nor when.
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,10 +12,10 @@ from itertools import cycle, islice, pairwise, takewhile
 from statistics import median
 from typing import Any
 
-import httpx
-
 PROMPT = "One day a little cat went to the market with her friend"
 LOGPROB_TOLERANCE = 1e-3
+_OWN = re.compile(r'"id":"[^"]*",|"created":\d+,')
+"""What an event says of its request alone."""
 IN_FLIGHT_S = 0.2
 """For how long after a kill there may still come what the replica had sent before it."""
 
@@ -44,6 +45,39 @@ class Answer:
     error: str | None = None
     times: list[float] = field(default_factory=list)
     """When each event came; of an answer in one piece, when it came."""
+    events: list[str] = field(default_factory=list)
+    """What each event of a stream said, but for what no two requests have in common."""
+    num_events: int = 0
+    """Of a stream, with that of its end."""
+    stream_id: str = ""
+    """Of a stream that can be asked for again."""
+    resumed: bool = False
+    """Whether it came over several connections."""
+    repeated: bool = False
+    """Whether it had to be asked for anew."""
+
+    def add(self, data: str) -> None:
+        """The next event of a stream."""
+        self.events.append(_OWN.sub("", data))
+        self.take(json.loads(data))
+
+    def take(self, payload: dict[str, Any]) -> None:
+        """What an event, or an answer in one piece, says."""
+        self.times.append(time.monotonic())
+        if "error" in payload:
+            self.error = payload["error"]["message"]
+            return
+        if usage := payload.get("usage"):
+            self.usage = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+        for part in payload["choices"]:
+            choice = self.choices.setdefault(part["index"], Choice())
+            if "text" in part:
+                choice.text += part["text"]
+            else:
+                message = part.get("delta") or part.get("message") or {}
+                choice.text += message.get("content") or ""
+            choice.reason = part.get("finish_reason") or choice.reason
+            choice.logprobs += _logprobs(part.get("logprobs") or {})
 
     def difference(self, other: "Answer") -> str | None:
         """What is not as in the other one; None if all is. Log-probabilities may differ by rounding."""
@@ -62,7 +96,18 @@ class Answer:
             both = zip(choice.logprobs, wanted.logprobs, strict=True)
             if any(abs(found - expected) > LOGPROB_TOLERANCE for found, expected in both):
                 return f"logprobs of choice {index} differ"
-        return None if self.usage == other.usage else f"usage {self.usage} instead of {other.usage}"
+        if self.usage != other.usage:
+            return f"usage {self.usage} instead of {other.usage}"
+        return self._different_event(other)
+
+    def _different_event(self, other: "Answer") -> str | None:
+        """Of equal answers also the events are equal, byte by byte, those apart that bring rounded numbers."""
+        if len(self.events) != len(other.events):
+            return f"{len(self.events)} events instead of {len(other.events)}"
+        for number, (found, expected) in enumerate(zip(self.events, other.events, strict=True), 1):
+            if found != expected and not any(choice.logprobs for choice in self.choices.values()):
+                return f"event {number} is {found} instead of {expected}"
+        return None
 
     def gap(self, moment: float) -> float | None:
         """By how many seconds the silence that begins at a moment is longer than is usual here; None if it was over."""
@@ -131,47 +176,6 @@ def _lengthened(kind: Kind, number: int, words: int) -> Kind:
 def salted(asked: Sequence[Kind], salt: str) -> list[Kind]:
     """The same, apart from what any cache holds of another salt."""
     return [replace(kind, body={**kind.body, "cache_salt": salt}) for kind in asked]
-
-
-async def ask(http: httpx.AsyncClient, kind: Kind) -> Answer:
-    """Reads one answer to its end; an error is a part of the answer."""
-    answer = Answer()
-    try:
-        async with http.stream("POST", kind.path, json=kind.body) as response:
-            if response.status_code != 200:
-                answer.error = f"HTTP {response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
-                return answer
-            if not kind.body.get("stream"):
-                _take(answer, json.loads(await response.aread()))
-                return answer
-            ended = False
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    _take(answer, json.loads(line[6:]))
-                ended = ended or line == "data: [DONE]"
-            if not ended and answer.error is None:
-                answer.error = "the stream ended without [DONE]"
-    except httpx.HTTPError as error:
-        answer.error = f"{type(error).__name__}: {error}"
-    return answer
-
-
-def _take(answer: Answer, payload: dict[str, Any]) -> None:
-    answer.times.append(time.monotonic())
-    if "error" in payload:
-        answer.error = payload["error"]["message"]
-        return
-    if usage := payload.get("usage"):
-        answer.usage = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
-    for part in payload["choices"]:
-        choice = answer.choices.setdefault(part["index"], Choice())
-        if "text" in part:
-            choice.text += part["text"]
-        else:
-            message = part.get("delta") or part.get("message") or {}
-            choice.text += message.get("content") or ""
-        choice.reason = part.get("finish_reason") or choice.reason
-        choice.logprobs += _logprobs(part.get("logprobs") or {})
 
 
 def _logprobs(found: dict[str, Any]) -> list[float]:

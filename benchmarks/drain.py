@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from benchmarks import machine, models
-from benchmarks.chaos import ask_all
+from benchmarks.chaos_client import ask_all
 from benchmarks.chaos_streams import PROMPT, Answer, Kind
 from benchmarks.start import is_ready
 from deployments.private_ray import PrivateRay, free_ports

@@ -30,6 +30,11 @@ START_EVERY = 5
 """Periods between two looks for nodes without a host: one whose host cannot start is not to be kept busy with that."""
 ANSWER_TIMEOUT_S = 10.0
 """For a host to answer; one that starts again after a crash reads its disk first."""
+MOST_MISSED = 3
+"""Answers in a row that a host may owe before it is ended, so that Ray starts it again: as many as Serve allows. One
+that hangs would otherwise do so for ever, and its node would be without."""
+MOST_MISSED_AT_START = 12
+"""The same for one that has not answered yet: it may look through a large disk."""
 _NODE_LABEL = 12
 """Characters of a node's id: enough to tell nodes apart."""
 
@@ -77,6 +82,42 @@ class HostMeter:
                 self._recorder.unset(name, (node,))
 
 
+class Silences:
+    """Which hosts owe answers, and when that is too long. Pure."""
+
+    def __init__(self) -> None:
+        self._missed: dict[str, int] = {}
+        """Node -> answers owed in a row."""
+        self._started: set[str] = set()
+        """Nodes whose hosts have answered since they were last started."""
+        self._said: set[str] = set()
+        """Nodes whose hosts did not answer when last asked, which has been said."""
+
+    def answered(self, node: str) -> None:
+        self._missed[node] = 0
+        self._started.add(node)
+        self._said.discard(node)
+
+    def timed_out(self, node: str) -> bool:
+        """The host is there and says nothing; whether to end it, after which it is another one."""
+        self._missed[node] = self._missed.get(node, 0) + 1
+        if self._missed[node] < (MOST_MISSED if node in self._started else MOST_MISSED_AT_START):
+            return False
+        self.gone(node)
+        return True
+
+    def gone(self, node: str) -> None:
+        """There is no host now: Ray starts it again, or the node is gone too."""
+        self._missed.pop(node, None)
+        self._started.discard(node)
+
+    def is_news(self, node: str) -> bool:
+        """Whether nobody has been told yet that this host does not answer."""
+        known = node in self._said
+        self._said.add(node)
+        return not known
+
+
 class KVHosts:
     """The keeper of the application's KV hosts."""
 
@@ -88,8 +129,7 @@ class KVHosts:
         self._application = serve.get_replica_context().app_name
         self._keeper = time.time_ns()
         self._hosts: dict[str, Any] = {}
-        self._silent: set[str] = set()
-        """Nodes whose hosts did not answer when last asked, which has been said."""
+        self._silences = Silences()
         recorder = Recorder()
         self._meter = HostMeter(recorder)
         push = hub.options(method_name="push")
@@ -122,12 +162,20 @@ class KVHosts:
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 self._meter.update(label, await self._hosts[node].renew.remote(self._keeper, self._config, others))
-            self._silent.discard(node)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            self._meter.forget(label)
-            if node not in self._silent:
-                self._silent.add(node)
-                logger.warning("The KV host of node %s does not answer: %s", label, _why(error))
+            self._silences.answered(node)
+        except ray.exceptions.RayError as error:
+            self._silences.gone(node)
+            self._missing(node, _why(error))
+        except TimeoutError:
+            self._missing(node, f"nothing in {ANSWER_TIMEOUT_S:.0f} s")
+            if self._silences.timed_out(node):
+                logger.warning("The KV host of node %s is ended and started again", label)
+                ray.kill(self._hosts[node], no_restart=False)
+
+    def _missing(self, node: str, reason: str) -> None:
+        self._meter.forget(node[:_NODE_LABEL])
+        if self._silences.is_news(node):
+            logger.warning("The KV host of node %s does not answer: %s", node[:_NODE_LABEL], reason)
 
     async def __del__(self) -> None:
         # Serve awaits this at the end of a graceful shutdown.

@@ -20,7 +20,7 @@ from cluster.kv.host_config import SHARED_MEMORY
 from cluster.kv.segment import remove_dead
 from deployments.logs import LOG_FILE_VARIABLE
 from deployments.processes import adopt_orphans, end_descendants
-from deployments.serve_settings import DRAIN, FAST_PATH, NODE_FAILURE, QUIET
+from deployments.serve_settings import DRAIN, FAST_PATH, HANGING, NODE_FAILURE, QUIET
 
 OBJECT_STORE_BYTES = 128 * 2**20
 """Next to nothing goes through the object store: requests and frames are small and travel by value."""
@@ -108,6 +108,7 @@ def environment(directory: Path, log_file: Path, *, haproxy: bool) -> dict[str, 
     variables = {
         **FAST_PATH,
         **NODE_FAILURE,
+        **HANGING,
         **DRAIN,
         **QUIET,
         # A Ray that starts with authentication leaves a token in the home directory and changes the next Ray's mind.

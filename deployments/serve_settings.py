@@ -22,6 +22,12 @@ NODE_FAILURE = {
     "RAY_health_check_failure_threshold": "3",
 }
 
+HANGING = {
+    # What does not answer health checks is ended when it is replaced. By default Serve asks it to leave, and a gateway
+    # that hangs would hold its connections for all the time that one may take to drain.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+}
+
 _HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
 _HARD_STOP_DEFAULT_S = 120.0
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from benchmarks.chaos import percentile
-from benchmarks.chaos_streams import Answer, Choice, ask, kinds
+from benchmarks.chaos_client import ask
+from benchmarks.chaos_streams import Answer, Choice, kinds
+from benchmarks.chaos_tally import Tally, percentile
 
 
 def answer(text: str = "abc", reason: str = "length", logprobs: tuple[float, ...] = (-1.0,), tokens: int = 3) -> Answer:
@@ -82,3 +83,97 @@ def test_what_ends_early_or_with_an_error_is_an_error() -> None:
     assert reply([event(choices=[])]).error == "the stream ended without [DONE]"
     assert reply([event(error={"message": "lost"})]).error == "lost"
     assert "HTTP 503" in (reply(["loading"], 503).error or "")
+
+
+class Gateway:
+    """Answers one request after the other with what it was given; remembers what it was asked."""
+
+    def __init__(self, *answers: httpx.Response | httpx.TransportError) -> None:
+        self._answers = list(answers)
+        self.asked: list[tuple[str, str, str | None]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((request.method, request.url.path, request.headers.get("last-event-id")))
+        answer = self._answers.pop(0)
+        if isinstance(answer, httpx.TransportError):
+            raise answer
+        return answer
+
+
+def persistent(gateway: Gateway, number: int = 0) -> Answer:
+    """What a client that comes back reads; `number`: of the kind."""
+    kind = kinds("model", "prompt", 3, "stop")[number]
+
+    async def read() -> Answer:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(gateway), base_url="http://server") as http:
+            return await ask(http, kind, comes_back=True)
+
+    return asyncio.run(read())
+
+
+def stream(*events: str, first: int = 1) -> httpx.Response:
+    text = "".join(f"id: stream:{number}\n{each}" for number, each in enumerate(events, first))
+    return httpx.Response(200, text=text, headers={"x-manta-stream-id": "stream"})
+
+
+A, B = event(choices=[{"index": 0, "text": "a"}]), event(choices=[{"index": 0, "text": "b"}])
+DONE = "data: [DONE]\n\n"
+PROXY_SAYS_NO = httpx.Response(500, text="Internal Server Error")
+
+
+def test_a_stream_that_was_cut_is_read_on_after_its_last_event() -> None:
+    gateway = Gateway(stream(A), PROXY_SAYS_NO, httpx.ConnectError("refused"), stream(B, DONE, first=2))
+    found = persistent(gateway)
+    assert found.error is None and found.choices[0].text == "ab" and found.num_events == 3
+    assert found.resumed and not found.repeated
+    assert gateway.asked == [("POST", "/v1/completions", None), *[("GET", "/v1/streams/stream", "stream:1")] * 3]
+
+
+def test_what_has_not_begun_is_asked_for_anew() -> None:
+    gateway = Gateway(httpx.ReadError("reset"), httpx.Response(503, text='{"error": {}}'), stream(A, DONE))
+    found = persistent(gateway)
+    assert found.error is None and found.choices[0].text == "a" and found.repeated and not found.resumed
+    whole = httpx.Response(200, json={"choices": [{"index": 0, "text": "a"}]})
+    found = persistent(Gateway(httpx.RemoteProtocolError("cut"), whole), number=-1)
+    assert found.error is None and found.choices[0].text == "a" and found.repeated
+
+
+def test_what_no_client_may_forgive_is_an_error() -> None:
+    internal = httpx.Response(500, text='{"error": {"message": "internal"}}')
+    assert "internal" in (persistent(Gateway(internal)).error or "")
+    assert "HTTP 404" in (persistent(Gateway(stream(A), httpx.Response(404, text="unknown"))).error or "")
+    assert persistent(Gateway(stream(A), stream(A, B, DONE))).error == "event stream:1 came after number 1"
+    assert persistent(Gateway(stream(A, B, DONE, first=2))).error == "event stream:2 came after number 0"
+
+
+def test_events_are_compared_byte_by_byte_but_for_what_is_each_request_s_own() -> None:
+    def said(identity: str, text: str) -> Answer:
+        found = Answer()
+        found.add(f'{{"id":"{identity}","created":{len(identity)},"choices":[{{"index":0,"text":{text}}}]}}')
+        return found
+
+    assert said("one", '"a"').difference(said("another", '"a"')) is None
+    assert "event 1 is" in (said("one", '"\\u0061"').difference(said("one", '"a"')) or "")
+    twice = said("one", '"a"')
+    twice.add('{"choices":[]}')
+    assert twice.difference(said("one", '"a"')) == "2 events instead of 1"
+
+
+def test_a_tally_says_who_was_cut_by_whom() -> None:
+    def streamed(silence: float, **how: bool) -> Answer:
+        return replace(answer(), times=[0.0, 0.1, 0.2, 0.2 + silence], **how)
+
+    tally = Tally(["a", "b"], ["replica", "gateway", "kv-host"])
+    calm = [answer(), answer()]
+    assert tally.add("replica", [streamed(1.1), streamed(2.1)], calm, 0.3, 1) == []
+    assert tally.add("gateway", [streamed(0.1), streamed(3.1, resumed=True)], calm, 0.25, 0) == []
+    wrong = [answer(text="x"), replace(answer(), error="lost", repeated=True)]
+    assert tally.add("gateway", wrong, calm, 0.3, 0) == ["a: choice 0 differs from character 0 of 3 on", "b: lost"]
+    assert not tally.add("kv-host", [streamed(0.1), streamed(0.6)], calm, 0.25, 0)
+    replica, gateway, host = tally.victims.values()
+    assert (replica.answers, replica.cut) == (2, 1) and replica.gaps == pytest.approx([2.0])
+    assert (gateway.cut, gateway.resumed, gateway.repeated, gateway.errors, gateway.mismatches) == (2, 1, 1, 1, 1)
+    assert gateway.gaps == pytest.approx([3.0])
+    assert host.cut == 0 and sorted(host.gaps) == pytest.approx([0.0, 0.5])
+    assert tally.kinds["b"].cut == 3 and tally.failed
+    assert tally.table().splitlines()[-1].split()[:7] == ["all", "8", "3", "1", "1", "1", "1"]

@@ -6,7 +6,7 @@ import pytest
 
 from deployments.app import cpu_share, share_machine
 from deployments.config import GatewayConfig
-from deployments.serve_settings import DRAIN, FAST_PATH, NODE_FAILURE, hasty_proxy, missing_settings
+from deployments.serve_settings import DRAIN, FAST_PATH, HANGING, NODE_FAILURE, hasty_proxy, missing_settings
 from engine.config import EngineConfig, KVConfig
 
 
@@ -66,7 +66,7 @@ def test_a_proxy_that_does_not_wait_for_gateways_is_complained_of() -> None:
 def test_the_example_environment_has_every_setting_of_a_cluster() -> None:
     lines = (Path(__file__).parents[2] / "examples" / "ray.env").read_text().splitlines()
     settings = dict(line.split("=") for line in lines if line and not line.startswith("#"))
-    assert settings == {**FAST_PATH, **NODE_FAILURE, **DRAIN}
+    assert settings == {**FAST_PATH, **NODE_FAILURE, **HANGING, **DRAIN}
 
 
 def test_missing_settings_are_named_in_one_line() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from deployments.config import AppConfig
-from deployments.serve_settings import DRAIN, FAST_PATH, NODE_FAILURE
+from deployments.serve_settings import DRAIN, FAST_PATH, HANGING, NODE_FAILURE
 
 MANIFEST = Path(__file__).parents[2] / "k8s" / "rayservice.yaml"
 
@@ -20,6 +20,6 @@ def test_the_manifests_arguments_are_valid_and_every_container_has_the_settings_
     groups = [spec["rayClusterConfig"]["headGroupSpec"], workers]
     for container in (c for group in groups for c in group["template"]["spec"]["containers"]):
         env = {e["name"]: e["value"] for e in container["env"]}
-        assert env == {**FAST_PATH, **NODE_FAILURE, **DRAIN}
+        assert env == {**FAST_PATH, **NODE_FAILURE, **HANGING, **DRAIN}
     # An old cluster stays for as long as its gateways may take to finish the streams of their clients.
     assert spec["rayClusterDeletionDelaySeconds"] >= config.gateway.drain_timeout_s

@@ -1,0 +1,102 @@
+"""`manta serve` as those see it who kill its processes: who is there to be killed, and whether all are there again."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+from benchmarks import processes
+from benchmarks.start import is_ready, reachable, wait
+from deployments.private_ray import free_ports
+
+ANSWER_TIMEOUT_S = 180.0
+VICTIMS = {"replica": b":LLMReplica", "kv-host": b":KVHostActor", "gateway": b":Gateway"}
+"""Who can be killed: name -> what the command line of its process has."""
+_LOADED = re.compile(r"^\S+ INFO replica (\w+): .* pages of \d+ tokens", re.MULTILINE)
+"""What a replica logs once it has loaded the model."""
+_LINKED = re.compile(r"^\S+ INFO replica \w+: KV host at ", re.MULTILINE)
+"""What a replica logs once it has found the KV host."""
+
+
+class Server:
+    """`manta serve` and the processes that belong to it."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, *, replicas: int, gateways: int, kv_host: bool) -> None:
+        """Returns once it serves with all of them. `arguments`: beyond those of the numbers."""
+        (port,) = free_ports(1)
+        command = [sys.executable, "-m", "deployments.cli.main", "serve", *arguments, "--port", str(port)]
+        command += ["--replicas", str(replicas), "--gateways", str(gateways), "--deterministic"]
+        command += [] if kv_host else ["--kv-host-memory", "0"]
+        self._counts = {"replica": replicas, "kv-host": int(kv_host), "gateway": gateways}
+        self._killed: dict[str, set[int]] = {name: set() for name in VICTIMS}
+        self._num_linked = 0
+        """How often a replica had found a KV host when one was killed last."""
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        self.url = f"http://127.0.0.1:{port}"
+        self._http = httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S)
+        try:
+            wait(lambda: reachable(port) and is_ready(self._http) and self.complete(), self._process, log)
+        except BaseException:
+            self.close()
+            raise
+
+    def pids(self, victim: str) -> list[int]:
+        """Process ids of all of that name."""
+        found = []
+        for entry in processes.tree(self._process.pid):
+            try:
+                command = Path(f"/proc/{entry.pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if VICTIMS[victim] in command:
+                found.append(entry.pid)
+        return found
+
+    def kill(self, victim: str, pid: int, how: int) -> None:
+        """Sends a signal that ends a process, or that has it replaced."""
+        if victim == "kv-host":
+            self._num_linked = len(_LINKED.findall(self._logged()))
+        os.kill(pid, how)
+        self._killed[victim].add(pid)
+
+    def complete(self) -> bool:
+        """Whether there are as many of each as there should be, none of them killed, and all serve.
+
+        By the log: metrics keep those of a dead one for a while, and a process is there before it serves.
+        """
+        for name, count in self._counts.items():
+            pids = self.pids(name)
+            if len(pids) != count or self._killed[name].intersection(pids):
+                return False
+        logged = self._logged()
+        num_loaded = len(set(_LOADED.findall(logged))) - len(self._killed["replica"])
+        num_linked = len(_LINKED.findall(logged)) - self._num_linked
+        if num_loaded != self._counts["replica"] or num_linked < self._counts["kv-host"] * num_loaded:
+            return False
+        return is_ready(self._http)
+
+    def _logged(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def series(self, name: str) -> list[float]:
+        """The values of all series of a metric."""
+        lines = self._http.get("/metrics").raise_for_status().text.splitlines()
+        return [float(line.rpartition(" ")[2]) for line in lines if re.match(rf"{name}(\{{|\s)", line)]
+
+    def close(self) -> None:
+        """Ends it, with all that is below it."""
+        self._http.close()
+        if self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
