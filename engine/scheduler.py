@@ -8,29 +8,23 @@ that does not fit, it never skips, so nobody is overtaken within a priority.
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from operator import attrgetter
-from typing import Any
 
 from engine.batch import Batch, StepOutput, TokenLogprob
 from engine.batching import Chunk, Layout, build_batch
 from engine.config import SchedulerConfig
+from engine.emissions import drawn, emission, newly_scored
 from engine.kv.pages import PagePool
 from engine.kv.tier import Tier
 from engine.lanes import Lanes
 from engine.offload import Offload
 from engine.pace import Pace
-from engine.policy import (
-    ADMISSION_POLICIES,
-    AdmissionPolicy,
-    Demand,
-    Supply,
-    choose_victim,
-    chunk_tokens,
-)
+from engine.policy import ADMISSION_POLICIES, AdmissionPolicy, Demand, Supply, choose_victim, chunk_tokens
 from engine.prefixes import Prefixes
 from engine.returning import Returning
 from engine.sequence import Emission, FinishReason, Order, Sequence, Status
-from engine.stats import EngineStats
+from engine.stats import Counters, EngineStats
 
 _by_order: Callable[[Sequence], Order] = attrgetter("order")
 
@@ -68,15 +62,9 @@ class Scheduler:
         self._lanes = Lanes(page_tokens)
         self._in_flight: deque[Layout] = deque()
         self._step = 0
-        self._steps_back = 0
-        self._last_step_tokens = 0
         self._outstanding = 0
         self._reserved = 0
-        self._preemptions = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
-        self._prefix_queries = 0
-        self._prefix_hits = 0
+        self._counters = Counters()
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -85,13 +73,7 @@ class Scheduler:
             num_pages=self.pool.num_pages,
             num_free_pages=self.pool.num_free,
             num_outstanding_tokens=self._outstanding,
-            preemptions_total=self._preemptions,
-            prompt_tokens_total=self._prompt_tokens,
-            generation_tokens_total=self._generation_tokens,
-            steps_total=self._steps_back,
-            last_step_tokens=self._last_step_tokens,
-            prefix_queries_total=self._prefix_queries,
-            prefix_hits_total=self._prefix_hits,
+            **asdict(self._counters),
             **self.offload.totals(),
         )
 
@@ -156,12 +138,13 @@ class Scheduler:
         layout = self._in_flight.popleft()
         batch = layout.batch
         assert batch.step == output.step, f"step {output.step} came back, {batch.step} was expected"
-        self._steps_back += 1
-        self._last_step_tokens = batch.num_tokens
+        counters = self._counters
+        counters.steps_total += 1
+        counters.last_step_tokens = batch.num_tokens
         self.offload.observe(batch.positions, output.stats.seconds)
         self._pace.observe(batch.num_tokens, output.stats.seconds)
         self._lanes.append(layout.drawing_lanes, output.token_ids)
-        scored = self._scored(layout, output)
+        scored = newly_scored(layout, output)
         plain = not output.failed and not scored
         emissions: list[Emission] = []
         for index, (sequence, token_id, logprob) in enumerate(
@@ -180,7 +163,7 @@ class Scheduler:
             plain_here = logprob is None and plain and not sequence.num_cached
             if goes_on and len(tokens) + 1 < sequence.max_len and plain_here:
                 tokens.append(token_id)
-                self._generation_tokens += 1
+                counters.generation_tokens_total += 1
                 emissions.append(Emission(sequence.request.request_id, sequence.order.sample_index, (token_id,)))
             else:
                 emissions.append(self._book(sequence, output, index, scored.get(sequence.sequence_id, ())))
@@ -191,7 +174,7 @@ class Scheduler:
                 continue
             self._prefixes.index(sequence)
             if fresh := scored.get(sequence.sequence_id):
-                emissions.append(_emission(sequence, prompt_logprobs=fresh))
+                emissions.append(emission(sequence, prompt_logprobs=fresh))
         return emissions
 
     def _decodes(self) -> list[Sequence]:
@@ -270,7 +253,7 @@ class Scheduler:
             self._outstanding -= tokens
             self._prefixes.index(sequence, loaded=True)
             if self._counts_prompt(sequence):
-                self._prefix_hits += tokens
+                self._counters.prefix_hits_total += tokens
                 sequence.num_cached += tokens
 
     def _start(self, sequence: Sequence, num_found: int) -> None:
@@ -283,9 +266,9 @@ class Scheduler:
         self._lanes.enter(sequence)
         self._reserved += self._pages_at_most(sequence)
         if self._counts_prompt(sequence):
-            self._prompt_tokens += sequence.num_prompt
-            self._prefix_queries += sequence.num_prompt
-            self._prefix_hits += num_found
+            self._counters.prompt_tokens_total += sequence.num_prompt
+            self._counters.prefix_queries_total += sequence.num_prompt
+            self._counters.prefix_hits_total += num_found
             sequence.num_cached = num_found
 
     @staticmethod
@@ -302,34 +285,15 @@ class Scheduler:
         """Appends the token that sample row `index` drew, and ends the sequence if that was its last."""
         if index in output.failed:
             self._finish(sequence)
-            return _emission(sequence, finish_reason=FinishReason.ERROR, error=output.failed[index])
+            return emission(sequence, finish_reason=FinishReason.ERROR, error=output.failed[index])
         token_id, logprob = output.token_ids[index], output.logprobs[index]
         sequence.tokens.append(token_id)
-        self._generation_tokens += 1
+        self._counters.generation_tokens_total += 1
         cached, sequence.num_cached = sequence.num_cached, 0
         reason = sequence.finish_reason_after(token_id)
         if reason is not None:
             self._finish(sequence)
-        return _emission(
-            sequence,
-            token_ids=(token_id,),
-            logprobs=() if logprob is None else (logprob,),
-            prompt_logprobs=scored,
-            finish_reason=reason,
-            stop_token_id=token_id if reason is FinishReason.STOP else None,
-            cached_tokens=cached,
-        )
-
-    def _scored(self, layout: Layout, output: StepOutput) -> dict[int, tuple[TokenLogprob, ...]]:
-        """Sequence id -> prompt logprobs that were not reported before a preemption; marks them as reported."""
-        scored = {}
-        for row, found in zip(layout.batch.prompt_logprobs, output.prompt_logprobs, strict=True):
-            sequence = layout.sequences[row.row]
-            first = int(layout.batch.positions[layout.batch.cu_seq_q[row.row]])
-            fresh = found[max(0, sequence.num_scored - first) :]
-            sequence.num_scored += len(fresh)
-            scored[sequence.sequence_id] = fresh
-        return scored
+        return drawn(sequence, token_id, logprob, scored=scored, finish_reason=reason, cached_tokens=cached)
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
@@ -362,7 +326,7 @@ class Scheduler:
         self._release(sequence)
         self._outstanding += sequence.num_computed
         sequence.num_computed = sequence.num_indexed = 0
-        self._preemptions += 1
+        self._counters.preemptions_total += 1
         sequence.num_preemptions += 1
         sequence.status = Status.WAITING
         self._leave(sequence)
@@ -408,7 +372,3 @@ class Scheduler:
 
     def _supply(self) -> Supply:
         return Supply(self.pool.num_pages, self.pool.num_free, len(self.running), self._reserved)
-
-
-def _emission(sequence: Sequence, **what: Any) -> Emission:
-    return Emission(sequence.request.request_id, sequence.sample_index, **what)

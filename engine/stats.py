@@ -3,6 +3,19 @@
 from dataclasses import dataclass
 
 
+@dataclass(slots=True)
+class Counters:
+    """What a scheduler counts; see the fields of `EngineStats`, which have the same names."""
+
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    steps_total: int = 0
+    last_step_tokens: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot. Fields ending in `_total` only ever grow while the engine lives."""

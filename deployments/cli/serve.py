@@ -80,6 +80,10 @@ def serve(
     max_batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of an iteration. [1024]", rich_help_panel=_MODEL)
     ] = None,
+    max_stall: Annotated[
+        float | None,
+        typer.Option(help="Seconds that prompts may keep streams waiting for a token. [0.25]", rich_help_panel=_MODEL),
+    ] = None,
     admission: Annotated[
         str | None, typer.Option(help="optimistic, or reserve. [optimistic]", rich_help_panel=_MODEL)
     ] = None,
@@ -133,6 +137,7 @@ def serve(
         "engine.kv.prefix_caching": prefix_caching,
         "engine.scheduler.max_sequences": max_sequences,
         "engine.scheduler.max_batch_tokens": max_batch_tokens,
+        "engine.scheduler.max_stall_s": max_stall,
         "engine.scheduler.admission": admission,
     }
     application = configure(config, {name: value for name, value in chosen.items() if value is not None})
