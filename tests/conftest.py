@@ -1,0 +1,6 @@
+"""What holds for all tests."""
+
+import signal
+
+# A shell that runs this in the background has it ignore Ctrl-C, and so would every command that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
