@@ -93,6 +93,9 @@ class NoModel:
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return self._logits[: len(rows)]
 
+    def wait(self) -> None:
+        pass
+
 
 class TimedScheduler(Scheduler):
     """Notes how long its decisions take."""

@@ -41,6 +41,11 @@ class EngineLike(Protocol):
     def has_work(self) -> bool:
         """Whether `step` would do anything."""
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that the running iteration runs, or the latest one ran; 0 if it runs none. Any thread may ask, unlike
+        for anything else."""
+
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
@@ -171,7 +176,7 @@ class EngineThread(Generic[E]):
         return stats
 
     def _step(self, engine: E) -> list[Emission]:
-        self._pulse.began()
+        self._pulse.began(lambda: engine.step_tokens)
         emissions = engine.step()
         self._pulse.finished()
         return emissions

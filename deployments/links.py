@@ -64,9 +64,12 @@ class FrameStreams:
                 stream.waiting = [emission for emission in stream.waiting if emission.request_id != request_id]
                 self._watch(stream)
 
-    def publish(self, emissions: Sequence[Emission], stats: EngineStats) -> None:
-        """Hands one iteration's emissions to the streams of their gateways; those of forgotten requests are dropped."""
-        self._stats = stats
+    def publish(self, emissions: Sequence[Emission], stats: EngineStats | None = None) -> None:
+        """Hands one iteration's emissions to the streams of their gateways; those of forgotten requests are dropped.
+
+        Without `stats` they come from no iteration, and the latest stay.
+        """
+        self._stats = stats or self._stats
         for emission in emissions:
             stream = self._owners.get(emission.request_id)
             if stream is None:

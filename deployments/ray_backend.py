@@ -32,7 +32,7 @@ SUBMIT_TIMEOUT_S = 30.0
 """How long a request may look for a replica. An engine answers between two iterations, so this is not a busy replica
 but none at all."""
 ATTEMPT_TIMEOUT_S = 5.0
-"""How long one replica may take to accept a request: it answers between two iterations."""
+"""How long one replica may take to accept a request: `deployments.intake` answers earlier, whatever its engine does."""
 CARD_TIMEOUT_S = 2.0
 ABORT_TIMEOUT_S = 20.0
 TICK_S = 0.5

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.kv_host import host_finder
 from deployments.engine_thread import EngineLike, EngineStopped, EngineThread
+from deployments.intake import Intake
 from deployments.links import FrameStreams
 from deployments.logs import configure_logging
 from deployments.messages import Abort, Accepted, Attach, Frame, ModelCard, Submit, Unavailable
@@ -107,6 +108,7 @@ class LLMReplica:
             created=int(time.time()),
         )
         self._streams = FrameStreams(self._replica_id, engine.stats(), self._engine.abort)
+        self._intake = Intake(self._engine, self._streams)
         recorder = Recorder()
         self._meter = EngineMeter(recorder)
         self._meter.update(engine.stats())
@@ -131,20 +133,14 @@ class LLMReplica:
 
         A refusal is returned, not raised: it is an answer, and Serve would log it as a crash with its traceback.
         """
-        request = call.request
         if self._stuck is not None:
             return Unavailable(self._replica_id)
-        self._streams.announce(call.gateway_id, request)
         try:
-            await asyncio.wrap_future(self._engine.add(request))
-        except BaseException as error:
-            self._streams.forget([request.request_id])
-            self._engine.abort([request.request_id])
-            if isinstance(error, InvalidRequest):
-                return error
-            if isinstance(error, EngineStopped):
-                return Unavailable(self._replica_id)
-            raise
+            await self._intake.take(call.gateway_id, call.request)
+        except InvalidRequest as error:
+            return error
+        except EngineStopped:
+            return Unavailable(self._replica_id)
         return Accepted(self._replica_id)
 
     async def abort(self, call: Abort) -> None:

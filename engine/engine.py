@@ -1,10 +1,12 @@
 """One replica, from requests to token ids: ties the scheduler's decisions to the executor's work.
 
-Knows no text, no HTTP and no device. Not thread-safe: one thread owns an engine.
+Knows no text, no HTTP and no device. Not thread-safe: one thread owns an engine; others may read `step_tokens` and what
+never changes.
 """
 
 import itertools
 import secrets
+from collections import deque
 from pathlib import Path
 
 from engine.executor import Executor
@@ -37,7 +39,10 @@ class Engine:
         tokens that pages depend on: engines that share a tier find only those of their own."""
         self._scheduler = scheduler
         self._executor = executor
-        self._num_in_flight = 0
+        self._in_flight: deque[int] = deque()
+        """Tokens of each batch."""
+        self.step_tokens = 0
+        """Tokens that were in flight in the running iteration, or the latest one, when it waited for the oldest."""
         self._arrivals = itertools.count()
         self._sequence_ids = itertools.count()
         self._prefix_caching = prefix_caching
@@ -71,17 +76,19 @@ class Engine:
 
         Where all sequences wait for pages of the tier there is nothing to run, and it waits a moment for those.
         """
-        while self._num_in_flight < self._executor.depth:
+        self.step_tokens = sum(self._in_flight)
+        while len(self._in_flight) < self._executor.depth:
             batch = self._scheduler.plan()
             if batch is None:
                 break
+            self._in_flight.append(batch.num_tokens)
+            self.step_tokens += batch.num_tokens
             self._executor.submit(batch)
-            self._num_in_flight += 1
-        if self._num_in_flight == 0:
+        if not self._in_flight:
             self._scheduler.settle(TIER_WAIT_S)
             return []
         output = self._executor.collect()
-        self._num_in_flight -= 1
+        self._in_flight.popleft()
         return self._scheduler.commit(output)
 
     def stats(self) -> EngineStats:

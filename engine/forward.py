@@ -32,6 +32,10 @@ class Forward(Protocol):
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits [R, vocab] float32 of the rows ([R] int64) of what `hidden` returned. The caller may write to them."""
 
+    def wait(self) -> None:
+        """Returns once the device has computed all that was begun: from then on others, who do not wait for its steps,
+        may read the pages of the cache and write to them."""
+
 
 class Backend(Protocol):
     """Operators to build a decoder on, and then the way to run it."""
@@ -104,6 +108,9 @@ class EagerForward:
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return self._decoder.logits(hidden[rows])
 
+    def wait(self) -> None:
+        finish(self.device)
+
 
 class ProgramForward:
     """Records a decoder whose operators work into `recorder`, and runs the recording (`engine.kernels.cpu.program`)."""
@@ -136,6 +143,9 @@ class ProgramForward:
         assert not len(hidden) or hidden.data_ptr() == self.program.output.data_ptr(), "what the last step returned"
         return self.head.run(StepArrays(len(rows), rows=rows))
 
+    def wait(self) -> None:
+        """Each call has computed all when it returns."""
+
     def _record_angles(self, rope: Rope, recorder: Recorder) -> bool:
         """Makes the rotary angles a part of the program, unless they depend on more than positions."""
         frequencies = rope.fixed_frequencies
@@ -160,6 +170,12 @@ def make_rope(spec: ModelSpec, device: torch.device) -> Rope | None:
 
 def cos_sin(rope: Rope | None, layout: AttentionLayout) -> Tensor | None:
     return None if rope is None else rope.cos_sin(layout.positions, layout.contexts)
+
+
+def finish(device: torch.device) -> None:
+    """Waits until a device has computed all that this thread has given it; a CPU has done so already."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def opened_pages(layout: AttentionLayout) -> Tensor:

@@ -2,10 +2,13 @@
 
 Full pages are copied as sequences fill them, oldest first, as fast as the tier takes them; a page that is copied has a
 reference of its own until that is done. A sequence whose next pages the tier has waits for them; others run.
+
+Each page is offered once to each host. One that comes later, or comes back, knows nothing of what sequences computed
+before: which pages it was offered is kept here, so that they can be offered again.
 """
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,13 @@ SAVING_SHARE = 8
 """This part of the pool, at most, is held at once by pages that are being copied; LEAST_SAVING of a small one."""
 MAX_UNSAVED = 65536
 """Pages that may wait to be copied; beyond it the oldest are forgotten, as what they hold is likely to be gone soon."""
+LEAST_LOOKS = 64
+"""Pages that wait and may be looked up at a time: when all are offered again, a host with a disk may have most."""
+ASK_S = 0.5
+"""What computing must be expected to take at least for a host to be asked for pages that are not on this node. Hosts of
+other nodes answer within milliseconds, or are waited for half as long as this."""
+ASK_MOVED_S = 0.05
+"""The same for a stream that was computed elsewhere, and so has pages elsewhere."""
 
 
 class Offload:
@@ -33,7 +43,11 @@ class Offload:
         """By page, in the order in which they are to be copied. Their content may have gone meanwhile."""
         self._saving: set[int] = set()
         """Pages with a reference of ours."""
-        self._loading: dict[int, Sequence] = {}
+        self._host = 0
+        """The host that pages are offered to, as `Tier.host` numbers them."""
+        self._offered: set[int] = set()
+        """Pages that this host was offered, or gave."""
+        self._loading: dict[int, _Loading] = {}
         self._guessed: set[int] = set()
         """Loads that were decided on before anything was known of what computing costs: no score is kept of them."""
         self.prefill = PrefillCost()
@@ -70,10 +84,25 @@ class Offload:
             "tier_regretted_seconds_total": score.regretted,
         }
 
-    def note(self, key: bytes, parent: bytes, page: int) -> None:
-        """A page is full, computed and indexed."""
+    def has_host(self) -> bool:
+        """Whether there is a host to offer pages to. With another one, all pages are as if never offered."""
         if self._tier is None:
+            return False
+        if self._host != (host := self._tier.host()):
+            self._host = host
+            self._offered.clear()
+            self._unsaved.clear()
+        return host != 0
+
+    def is_offered(self, page: int) -> bool:
+        """Whether the host that is there was offered what an indexed page holds."""
+        return page in self._offered
+
+    def note(self, key: bytes, parent: bytes, page: int) -> None:
+        """A page is full, computed and indexed; one that nobody is there to take is not offered."""
+        if not self.has_host():
             return
+        self._offered.add(page)
         self._unsaved[page] = Save(key, parent, page)
         self._unsaved.move_to_end(page)
         if len(self._unsaved) > MAX_UNSAVED:
@@ -96,18 +125,24 @@ class Offload:
                 self._unsaved.move_to_end(page, last=False)
             else:
                 del self._unsaved[page]
+                self._offered.discard(page)
 
     def send(self) -> None:
         """Hands as many pages to the tier as it takes now."""
-        if self._tier is None or not self._unsaved:
+        if self._tier is None or not self._unsaved or not self.has_host():
             return
         may_hold = max(LEAST_SAVING, self._pool.num_pages // SAVING_SHARE)
         room = min(self._tier.room(), may_hold - len(self._saving))
+        looks = max(room, LEAST_LOOKS)
         chosen: list[Save] = []
-        while len(chosen) < room and self._unsaved:
-            _, save = self._unsaved.popitem(last=False)
+        while len(chosen) < room and looks > 0 and self._unsaved:
+            page, save = next(iter(self._unsaved.items()))
+            if page in self._saving:  # for a host that is gone: its answer comes first
+                break
+            del self._unsaved[page]
+            looks -= 1
             # The page may hold something else by now.
-            if self._pool.index.key_of(save.page) == save.key and not self._tier.may_have(save.key):
+            if self._pool.index.key_of(page) == save.key and not self._tier.may_have(save.key):
                 chosen.append(save)
         if chosen:
             pages = [save.page for save in chosen]
@@ -116,11 +151,11 @@ class Offload:
             self._tier.save(chosen)
 
     def load(self, sequence: Sequence, first: int, keys: list[bytes]) -> bool:
-        """Begins to load pages of a sequence, `keys[first:]`; False if the tier has none of them.
+        """Begins to load pages of a sequence, `keys[first:]`; False if the tier is not likely to have any of them.
 
         The sequence has pages for all its tokens, and leaves them alone until `settle` gives it back.
         """
-        if self._tier is None or first >= len(keys) or not self._tier.may_have(keys[first]):
+        if self._tier is None or first >= len(keys):
             return False
         total, page_tokens, prefill = len(sequence.tokens), self._page_tokens, self.prefill
 
@@ -128,34 +163,58 @@ class Offload:
             done = (first + count) * page_tokens
             return prefill.seconds(done, total - done)
 
-        self._loading[sequence.sequence_id] = sequence
+        # What is on this node is seen from here; what other nodes have, the host must ask.
+        least = ASK_MOVED_S if sequence.request.given else ASK_S
+        if not self._tier.may_have(keys[first]) and not (self.has_host() and recompute_seconds(0) >= least):
+            return False
+        pages = sequence.pages[first : len(keys)]
+        self._loading[sequence.sequence_id] = _Loading(sequence, pages, self._tier.host())
         if not prefill.known:
             self._guessed.add(sequence.sequence_id)
-        self._tier.load(Load(sequence.sequence_id, keys[first:], sequence.pages[first : len(keys)], recompute_seconds))
+        self._tier.load(Load(sequence.sequence_id, keys[first:], pages, recompute_seconds))
         return True
 
     def settle(self, timeout_s: float = 0.0) -> list[tuple[Sequence, int]]:
         """Sequences whose loads have ended, with the pages that each got; waits up to `timeout_s` for an answer."""
         if self._tier is None:
             return []
-        settled, saved = [], []
+        settled: list[tuple[Sequence, int]] = []
+        saved: list[int] = []
         for answer in self._tier.poll(timeout_s):
             match answer:
-                case Saved(page):
+                case Saved(page, stored):
                     self._saving.remove(page)
                     saved.append(page)
+                    if not stored:  # Nobody would find what comes after it: all is offered again, in order.
+                        self._offered.clear()
                 case Loaded(ticket, num_pages):
                     if ticket in self._guessed:
                         self._guessed.remove(ticket)
                     else:
                         self.score.add(answer)
-                    settled.append((self._loading.pop(ticket), num_pages))
+                    settled.append((self._arrived(ticket, num_pages), num_pages))
         self._pool.release(saved)
         return settled
 
     def close(self) -> None:
         if self._tier is not None:
             self._tier.close()
+
+    def _arrived(self, ticket: int, num_pages: int) -> Sequence:
+        """The sequence of a load that has ended. Its pages need no offer, if they came from the host that is there."""
+        loading = self._loading.pop(ticket)
+        if self.has_host() and loading.host == self._host:
+            self._offered.update(loading.pages[:num_pages])
+        return loading.sequence
+
+
+class _Loading(NamedTuple):
+    """A load that has not ended."""
+
+    sequence: Sequence
+    pages: list[int]
+    host: int
+    """Where they come from, as `Tier.host` numbers it."""
 
 
 class Score:

@@ -34,10 +34,28 @@ class Prefixes:
         """Lets others find what the sequence has computed, here and in the tier; or what it has loaded, here alone."""
         first, num_pages = sequence.num_indexed // self._page_tokens, sequence.num_computed // self._page_tokens
         keys = self.keys(sequence, num_pages)
+        self._offer_again(keys, first)
         for page in range(first, num_pages):
             if self._index.insert(keys[page], sequence.pages[page]) and not loaded:
-                self._offload.note(keys[page], keys[page - 1] if page else b"", sequence.pages[page])
+                self._offer(keys, page, sequence.pages[page])
         sequence.num_indexed = num_pages * self._page_tokens
+
+    def _offer_again(self, keys: list[bytes], count: int) -> None:
+        """Offers those of the first pages that the tier's host has not been offered, as it came later: without them
+        nobody would find there what comes after. A page was offered after those before it, so the last ones tell."""
+        known = count
+        while known and not self._is_offered(keys[known - 1]):
+            known -= 1
+        for place in range(known, count):
+            if (page := self._index.page_of(keys[place])) is not None:
+                self._offer(keys, place, page)
+
+    def _is_offered(self, key: bytes) -> bool:
+        page = self._index.page_of(key)
+        return not self._offload.has_host() or (page is not None and self._offload.is_offered(page))
+
+    def _offer(self, keys: list[bytes], place: int, page: int) -> None:
+        self._offload.note(keys[place], keys[place - 1] if place else b"", page)
 
     def _findable(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages that it need not compute: one token at least is left, as its logits are needed."""

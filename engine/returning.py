@@ -3,6 +3,7 @@
 Owns who they are and which of them are about to; the scheduler decides what others wait for.
 """
 
+import time
 from collections.abc import Callable, Iterable
 
 from engine.policy import LEAST_CHUNK
@@ -12,10 +13,19 @@ from engine.sequence import Sequence
 class Returning:
     """Sequences that go on from elsewhere and have not drawn a token."""
 
-    def __init__(self, is_loading: Callable[[Sequence], bool]) -> None:
-        """`is_loading`: whether pages of a sequence are on their way from the tier."""
+    def __init__(
+        self,
+        is_loading: Callable[[Sequence], bool],
+        patience_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`is_loading`: whether pages of a sequence are on their way from the tier; others wait for those of one
+        sequence for `patience_s`."""
         self._sequences: set[Sequence] = set()
         self._is_loading = is_loading
+        self._patience_s = patience_s
+        self._clock = clock
+        self._loading_since: dict[Sequence, float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._sequences)
@@ -29,10 +39,15 @@ class Returning:
     def discard(self, sequence: Sequence) -> None:
         """It has drawn a token, or is over; one that never was here is ignored."""
         self._sequences.discard(sequence)
+        self._loading_since.pop(sequence, None)
 
     def near(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Those of which next to nothing is to be computed, or may be, as they wait for the tier; in their order."""
         return [sequence for sequence in running if sequence in self._sequences and self._is_near(sequence)]
 
     def _is_near(self, sequence: Sequence) -> bool:
-        return sequence.num_remaining <= LEAST_CHUNK or self._is_loading(sequence)
+        if not self._is_loading(sequence):
+            return sequence.num_remaining <= LEAST_CHUNK
+        # Pages in memory come within milliseconds. A tier that is slow, or says nothing, is not to stop everybody.
+        now = self._clock()
+        return now - self._loading_since.setdefault(sequence, now) <= self._patience_s

@@ -40,6 +40,9 @@ class Runner:
         hidden = self._forward.hidden(_to(device, batch.token_ids), layout, wanted)
         prompt_logprobs = [self._prompt_logprobs(hidden, begins, row) for row in batch.prompt_logprobs]
         drawn = self._sampler.sample(self._forward.logits(hidden, sampled), batch.samples)
+        # A batch that draws nothing asks the device for no answer. Its pages are copied and given away from now on, and
+        # what it took is learnt from.
+        self._forward.wait()
         stats = StepStats(batch.num_tokens, batch.num_sequences, time.perf_counter() - start)
         return StepOutput(batch.step, drawn.token_ids, drawn.logprobs, prompt_logprobs, stats, drawn.failed)
 

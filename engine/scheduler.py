@@ -5,6 +5,7 @@ prompt chunks in order of (priority, arrival) until the token budget is spent. A
 that does not fit, it never skips, so nobody is overtaken within a priority.
 """
 
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
@@ -56,7 +57,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._siblings: dict[str, list[Sequence]] = {}
-        self._returning = Returning(self.offload.is_loading)
+        patience_s = math.inf if config.max_stall_s is None else config.max_stall_s
+        self._returning = Returning(self.offload.is_loading, patience_s)
         self._pace = Pace(config.max_stall_s)
         self._sequences: dict[str, list[Sequence]] = {}
         self._lanes = Lanes(page_tokens)

@@ -28,6 +28,11 @@ class Allowance:
         return int(self._pages)
 
     def take(self, pages: int) -> None:
-        """So many pages are copied."""
+        """So many pages are to be copied."""
         if self._rate is not None:
             self._pages -= pages
+
+    def give_back(self, pages: int) -> None:
+        """So many of those that were taken were not copied after all."""
+        if self._rate is not None:
+            self._pages = min(self._most, self._pages + pages)

@@ -123,6 +123,8 @@ class TierClient:
         self._costs = {medium: CopyCost(guess * memory.page_bytes) for medium, guess in _GUESSES.items()}
         self._save_cost = CopyCost(_GUESSES[_MEMORY] * memory.page_bytes)
         self._connection: Connection | None = None
+        self._num_hosts = 0
+        """That this client was connected to, the same one each time anew."""
         self._closing = False
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
@@ -136,6 +138,9 @@ class TierClient:
     def connected(self) -> bool:
         """Whether there is a host now."""
         return self._connection is not None
+
+    def host(self) -> int:
+        return self._num_hosts if self._connection is not None else 0
 
     def may_have(self, key: bytes) -> bool:
         connection = self._connection
@@ -169,6 +174,8 @@ class TierClient:
             if not self._answers:
                 self._changed.wait(timeout_s)
             answers, self._answers = self._answers, []
+        # Here and not where they were refused: the allowance is the engine's thread's.
+        self._allowance.give_back(sum(isinstance(answer, Saved) and not answer.stored for answer in answers))
         return answers
 
     def page_seconds(self) -> float:
@@ -198,7 +205,7 @@ class TierClient:
                 try:
                     self._serve()
                 except HostRefused as refusal:
-                    logger.warning("The KV host refuses this replica: %s", refusal)
+                    logger.warning("No KV host for this replica: %s", refusal)
                     retry_at = self._clock() + REFUSED_RETRY_S
                 except (OSError, WireError, SegmentError) as error:
                     if self._connection is not None:
@@ -240,6 +247,7 @@ class TierClient:
         if path is None:
             return
         with connect(path, self._hello) as connection:
+            self._num_hosts += 1
             self._connection, self._grants, self._starved_at = connection, True, None
             logger.info("KV host at %s: %d pages", path, connection.segment.num_slots)
             while not self._closing:

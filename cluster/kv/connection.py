@@ -3,8 +3,10 @@
 Used by one thread.
 """
 
+import os
 import selectors
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,10 +20,12 @@ TIMEOUT_S = 5.0
 """For the host to take what is sent, and to answer a greeting."""
 _LENGTH_BYTES = 4
 _READ_BYTES = 1 << 18
+_CREDENTIALS = struct.Struct("iII")
+"""`struct ucred` of Linux (unix(7)): process, user and group."""
 
 
 class HostRefused(Exception):
-    """The host does not take this client; says why."""
+    """The host does not take this client, or is nobody that a client of ours should speak to; says why."""
 
 
 class Connection:
@@ -95,12 +99,25 @@ class Connection:
 
 @contextmanager
 def connect(path: Path, hello: Hello) -> Iterator[Connection]:
-    """A connection to the host that listens at `path`. Raises what `Connection` raises."""
+    """A connection to the host that listens at `path`. Raises what `Connection` raises, and HostRefused for one of
+    another user: the path may lie in a directory where anyone can be first."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(TIMEOUT_S)
         sock.connect(str(path))
+        _check_user(path, sock)
         connection = Connection(sock, hello)
         try:
             yield connection
         finally:
             connection.segment.close()
+
+
+def _check_user(path: Path, sock: socket.socket) -> None:
+    """Raises HostRefused unless a process of our own user listens at the other end.
+
+    Whoever does would learn what the replica computes, and could have it read anything in place of its own pages.
+    """
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(credentials)
+    if user != os.geteuid():
+        raise HostRefused(f"{path}: a process of user {user} listens there, expected one of user {os.geteuid()}")

@@ -27,8 +27,8 @@ class HostPages:
 class DevicePages:
     """Pages on a GPU: copies go through pinned memory on a stream of their own, beside the kernels of the steps.
 
-    What is read was computed by a step whose tokens are back, and what is written is complete before any step that
-    reads it begins: neither stream has to wait for the other.
+    Whatever used a page before was a step that is over (`engine.forward.Forward.wait`), and what is written is complete
+    before any step that reads it begins: neither stream has to wait for the other.
     """
 
     def __init__(self, cache: PagedKVCache) -> None:

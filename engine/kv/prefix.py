@@ -29,6 +29,10 @@ class PrefixIndex:
             pages.append(page)
         return pages
 
+    def page_of(self, key: bytes) -> int | None:
+        """The page that holds this; None if none is found."""
+        return self._pages.get(key)
+
     def key_of(self, page: int) -> bytes | None:
         """What the page holds; None if it cannot be found."""
         return self._keys.get(page)

@@ -89,8 +89,13 @@ class PageMemory(Protocol):
 class Tier(Protocol):
     """A place for pages. All methods are called on the engine's thread and return at once, but for `poll`."""
 
+    def host(self) -> int:
+        """Which host takes pages now, by a number that none had before it; 0 while there is none. Nothing that one
+        took is sure to be at the next."""
+
     def may_have(self, key: bytes) -> bool:
-        """Whether the page is probably there. Costs microseconds; may err in both directions."""
+        """Whether the page is probably there, on this node. Costs microseconds; may err in both directions, and does
+        not know what other nodes have and `load` would bring."""
 
     def room(self) -> int:
         """Pages that may be handed to `save` now, within the bandwidth that saving may take."""

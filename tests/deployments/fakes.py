@@ -43,6 +43,7 @@ class FakeEngine:
         self._produced: dict[str, dict[int, int]] = {}
         """Request id -> open sample -> tokens so far."""
         self._prompt_total = self._generated_total = self._steps_total = 0
+        self.step_tokens = 0
         self.closed = False
 
     def add(self, request: Request) -> None:
@@ -61,6 +62,7 @@ class FakeEngine:
         return bool(self._requests)
 
     def step(self) -> list[Emission]:
+        self.step_tokens = len(self._requests)
         time.sleep(self._step_s)
         emissions = []
         for request in list(self._requests.values()):

@@ -197,3 +197,27 @@ def test_an_iteration_that_does_not_end_is_noticed_and_a_busy_engine_is_not(
     go_on.set()
     harness.wait_for_finish("stuck")
     assert harness.thread.stuck_for() is None
+
+
+def test_an_iteration_over_a_long_prompt_has_the_time_it_needs(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "LEAST_S", 0.05)
+    harness.thread.add(request("short", max_tokens=20)).result(WAIT_S)
+    harness.wait_for_finish("short")
+    step, begun = harness.engine.step, threading.Event()
+
+    def long_step() -> list[Emission]:
+        harness.engine.step_tokens = 1024
+        begun.set()
+        time.sleep(0.6)
+        return step()
+
+    harness.engine.step = long_step  # type: ignore[method-assign]
+    harness.thread.add(request("long", max_tokens=1)).result(WAIT_S)
+    assert begun.wait(WAIT_S)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        assert harness.thread.stuck_for() is None
+        time.sleep(0.01)
+    harness.wait_for_finish("long")

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 from engine.kv.tier import Answer, Load, Loaded, Save, Saved, TierStats
 from tests.engine.fakes import LedgerRunner
@@ -23,38 +24,64 @@ class FakeTier:
         choose: Callable[[int], int] = lambda count: count,
         takes: Callable[[], bool] = lambda: True,
         max_saving: int = 4,
+        is_local: bool = True,
     ) -> None:
+        """`is_local`: whether the contents are on this node, and not on another one."""
         self.contents: Contents = {} if contents is None else contents
         self.offered: list[Save] = []
         self.loads: list[tuple[Load, int]] = []
+        self.looked: list[bytes] = []
+        """What was asked for by `may_have`."""
         self._delay, self._choose, self._takes = delay, choose, takes
         self._max_saving = max_saving
-        self._pending: list[tuple[int, Save | Load, list[int | None]]] = []
+        self._is_local = is_local
+        self._host = self._hosts = 1
+        self._pending: list[_Job] = []
         self._stats = TierStats()
         self.polls_that_waited = 0
 
     def attach(self, runner: LedgerRunner) -> None:
         self._runner = runner
 
+    def end_host(self) -> None:
+        """The host is gone with all that it had, what it has said that it would take too."""
+        self._host = 0
+        self.contents.clear()
+
+    def start_host(self) -> None:
+        """Another one takes its place."""
+        self._hosts += 1
+        self._host = self._hosts
+
+    def hurry(self) -> None:
+        """Answers everything at the next poll, from now on."""
+        self._delay = lambda: 0
+        self._pending = [job._replace(left=0) for job in self._pending]
+
+    def host(self) -> int:
+        return self._host
+
     def may_have(self, key: bytes) -> bool:
-        return key in self.contents
+        self.looked.append(key)
+        return self._is_local and self._host > 0 and key in self.contents
 
     def room(self) -> int:
-        return self._max_saving - sum(isinstance(job, Save) for _, job, _ in self._pending)
+        return self._max_saving - sum(isinstance(job.asked, Save) for job in self._pending)
 
     def save(self, pages: list[Save]) -> None:
+        assert self._host, "nobody is there to take them"
         assert len(pages) <= self.room()
         self.offered += pages
-        self._pending += [(self._delay(), save, self._runner.page(save.page)) for save in pages]
+        self._pending += [_Job(self._delay(), save, self._host, self._runner.page(save.page)) for save in pages]
 
     def load(self, load: Load) -> None:
-        self._pending.append((self._delay(), load, []))
+        self._pending.append(_Job(self._delay(), load, self._host, []))
 
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
         self.polls_that_waited += timeout_s > 0
-        due = [job for job in self._pending if job[0] <= 0]
-        self._pending = [(left - 1, job, tokens) for left, job, tokens in self._pending if left > 0]
-        return [self._answer(job, tokens) for _, job, tokens in due]
+        due = [job for job in self._pending if job.left <= 0]
+        self._pending = [job._replace(left=job.left - 1) for job in self._pending if job.left > 0]
+        return [self._answer(job) for job in due]
 
     def page_seconds(self) -> float:
         return 1e-6
@@ -65,21 +92,36 @@ class FakeTier:
     def close(self) -> None:
         self._pending.clear()
 
-    def _answer(self, job: Save | Load, tokens: list[int | None]) -> Answer:
-        if isinstance(job, Save):
-            assert self._runner.page(job.page) == tokens, "a page was written to while it was copied"
+    def _answer(self, job: "_Job") -> Answer:
+        is_there = job.host == self._host > 0
+        if isinstance(job.asked, Save):
+            save = job.asked
+            assert self._runner.page(save.page) == job.tokens, "a page was written to while it was copied"
             stored = self._takes()
-            if stored:
-                self.contents[job.key] = tokens
-            return Saved(job.page, stored)
+            # As the real one: a page that nobody could find is dropped, and nobody is told.
+            if stored and is_there and (not save.parent or save.parent in self.contents):
+                self.contents[save.key] = job.tokens
+            return Saved(save.page, stored)
+        load = job.asked
         there = 0
-        while there < len(job.keys) and job.keys[there] in self.contents:
+        while is_there and there < len(load.keys) and load.keys[there] in self.contents:
             there += 1
         count = self._choose(there)
-        for key, page in zip(job.keys[:count], job.pages[:count], strict=True):
+        for key, page in zip(load.keys[:count], load.pages[:count], strict=True):
             self._runner.fill(page, self.contents[key])
-        self.loads.append((job, count))
-        return Loaded(job.ticket, count, 2.0, 1.0, 5.0)
+        self.loads.append((load, count))
+        return Loaded(load.ticket, count, 2.0, 1.0, 5.0)
+
+
+class _Job(NamedTuple):
+    """What is not answered yet."""
+
+    left: int
+    """Polls until it is."""
+    asked: Save | Load
+    host: int
+    tokens: list[int | None]
+    """What a page to save held when it was given."""
 
 
 def at_random(seed: int, contents: Contents) -> FakeTier:

@@ -64,7 +64,7 @@ class Rig:
         scheduler = self.scheduler
         unfinished = [s for samples in scheduler._sequences.values() for s in samples if s.status.value != "finished"]
         in_flight = {id(s): s for layout in scheduler._in_flight for s in layout.sequences}
-        in_flight |= {id(s): s for s in scheduler.offload._loading.values()}
+        in_flight |= {id(load.sequence): load.sequence for load in scheduler.offload._loading.values()}
         holders = {id(s): s for s in unfinished} | in_flight
         self.pool.check_integrity([*(s.pages for s in holders.values()), scheduler.offload.held_pages])
         lanes = [s.lane for s in holders.values() if s.lane >= 0]

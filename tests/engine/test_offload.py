@@ -1,7 +1,9 @@
 """Pages that leave the device and come back: who waits, what is computed again, and that no token changes."""
 
 import random
+from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,6 +138,121 @@ def test_a_page_is_offered_once_for_as_long_as_the_tier_has_it() -> None:
     assert len(rig.tier.offered) == 4
 
 
+def all_there(contents: Contents, tokens: list[int], *, salt: str | None = None) -> bool:
+    """Whether another engine would find every full page of these tokens, but for the last token's."""
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(dict(contents)))
+    rig.engine.add(request("other", tokens, max_tokens=1, salt=salt))
+    run_to_end(rig.engine, rig.streams)
+    return rig.streams.cached == {("other", 0): (len(tokens) - 1) // 4 * 4}
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+@pytest.mark.parametrize("away", [0, 1, 12])
+def test_a_host_that_comes_back_is_given_what_a_stream_computed_before(away: int, delay: int) -> None:
+    """It may be away for less than an iteration, with pages on their way to it that it will never have."""
+    tier = FakeTier(delay=lambda: delay)
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    prompt = list(range(18))
+    rig.engine.add(request("x", prompt, max_tokens=40))
+    for _ in range(9):
+        rig.step()
+    assert tier.contents
+    tier.end_host()
+    for _ in range(away):
+        rig.step()
+    tier.start_host()
+    answer = run_to_end(rig.engine, rig.streams).tokens["x", 0]
+    assert all_there(tier.contents, [*prompt, *answer])
+    rig.check_nothing_left()
+
+
+def test_a_host_that_comes_back_is_given_the_beginnings_that_are_asked_for_again() -> None:
+    tier = FakeTier()
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    stem = list(range(40))
+    rig.engine.add(request("first", stem, max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    tier.end_host()
+    tier.start_host()
+    rig.engine.add(request("second", [*stem, *range(50, 60)], max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    assert rig.streams.cached == {("second", 0): 40}, "it found them on the device"
+    assert all_there(tier.contents, [*stem, *range(50, 60)])
+
+
+def test_what_was_computed_before_there_was_a_host_is_offered_once_there_is_one_and_never_to_nobody() -> None:
+    tier = FakeTier()
+    tier.end_host()
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    for name in ("early", "late"):
+        rig.engine.add(request(name, list(range(18)), max_tokens=20, salt=name))
+    for _ in range(6):
+        rig.step()
+    rig.engine.abort("early")
+    rig.step()
+    assert not tier.offered and not rig.scheduler.offload.busy
+    tier.start_host()
+    answer = run_to_end(rig.engine, rig.streams).tokens["late", 0]
+    assert all_there(tier.contents, [*range(18), *answer], salt="late")
+
+
+@pytest.mark.parametrize("refused", range(8))
+def test_a_page_that_is_refused_once_does_not_hide_those_after_it_for_ever(refused: int) -> None:
+    answers = iter([number != refused for number in range(10)])
+    tier = FakeTier(takes=lambda: next(answers, True))
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    prompt = list(range(18))
+    rig.engine.add(request("x", prompt, max_tokens=40))
+    answer = run_to_end(rig.engine, rig.streams).tokens["x", 0]
+    assert all_there(tier.contents, [*prompt, *answer])
+
+
+def test_pages_that_came_from_the_host_are_not_offered_to_it_but_to_the_next() -> None:
+    contents: Contents = {}
+    first = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    first.engine.add(request("first", list(range(18)), max_tokens=1))
+    run_to_end(first.engine, first.streams)
+    had = set(contents)
+    tier = FakeTier(contents)
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    prompt = [*range(18), *range(50, 60)]
+    rig.engine.add(request("second", prompt, max_tokens=30))
+    for _ in range(15):
+        rig.step()
+    assert not had & {save.key for save in tier.offered}
+    assert sum(tier.looked.count(key) for key in had) == 1, "once, for the first of them"
+    tier.end_host()
+    tier.start_host()
+    answer = run_to_end(rig.engine, rig.streams).tokens["second", 0]
+    assert all_there(tier.contents, [*prompt, *answer])
+
+
+def test_pages_of_another_node_are_asked_for_where_that_is_worth_it() -> None:
+    contents: Contents = {}
+    first = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
+    stem = list(range(82))
+    first.engine.add(request("first", stem, max_tokens=1))
+    run_to_end(first.engine, first.streams)
+    # A token was seen to take 1 ms: 82 are worth asking for a stream that was cut, and not for a new one.
+    for moved, token_seconds, found in ((False, 1e-3, 0), (False, 1e-2, 80), (True, 1e-3, 80), (True, 1e-4, 0)):
+        tier = FakeTier(contents, is_local=False)
+        rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+        rig.scheduler.offload.prefill.observe(100, 5050, 100 * token_seconds)
+        asked = request("second", stem, max_tokens=2)
+        rig.engine.add(replace(asked, given=((),)) if moved else asked)
+        assert run_to_end(rig.engine, rig.streams).tokens["second", 0] == expected(stem, 2)
+        assert [4 * count for _, count in tier.loads] == ([found] if found else [])
+        assert rig.runner.batches[0].num_tokens == 82 - found
+        rig.check_nothing_left()
+    tier = FakeTier(contents, is_local=False)
+    tier.end_host()
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    rig.scheduler.offload.prefill.observe(100, 5050, 1.0)
+    rig.engine.add(request("second", stem, max_tokens=2))
+    run_to_end(rig.engine, rig.streams)
+    assert not tier.loads, "there is nobody to ask"
+
+
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32), depth=st.integers(1, 3), pages=st.integers(10, 40))
 def test_no_disturbance_of_the_tier_changes_a_token(seed: int, depth: int, pages: int) -> None:
@@ -160,6 +277,10 @@ def test_no_disturbance_of_the_tier_changes_a_token(seed: int, depth: int, pages
                 other.step()
         if chance.random() < 0.2:
             contents.pop(chance.choice(sorted(contents)), None) if contents else None
+        if chance.random() < 0.2:
+            for other in rigs:
+                assert other.tier is not None
+                chance.choice((other.tier.end_host, other.tier.start_host))()
         if chance.random() < 0.15:
             gone = chance.randrange(number + 1)
             for other in rigs:

@@ -1,5 +1,6 @@
 """What the runner makes of a batch: which rows get logits, which pages are cleared, what comes back."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from engine import runner as runner_module
 from engine.batch import Batch, PromptLogprobRow, SampleRow, Samples
 from engine.forward import opened_pages
-from engine.runner import layout_of, slots, wanted_begins, wanted_of
+from engine.kernels import AttentionLayout, Wanted
+from engine.runner import Runner, layout_of, slots, wanted_begins, wanted_of
+from engine.sampler import Sampler
 from tests.engine.models.harness import (
     GREEDY,
     KERNELS,
@@ -127,6 +130,38 @@ def make_batch(spans: list[tuple[int, int]], table: list[list[int]]) -> Batch:
         page_table=np.array(table, np.int32),
         samples=Samples.of([SampleRow(0, GREEDY, 0, 0, spans[0][1])]),
     )
+
+
+class LateForward:
+    """Computes in its own time, as a GPU does."""
+
+    device = torch.device("cpu")
+    seconds = 0.02
+
+    def __init__(self) -> None:
+        self.num_begun = 0
+
+    def hidden(self, token_ids: torch.Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> torch.Tensor:
+        self.num_begun += 1
+        return torch.zeros(len(token_ids) if wanted is None else len(wanted.rows), 4)
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.num_begun += 1
+        return torch.zeros(len(rows), VOCAB)
+
+    def wait(self) -> None:
+        time.sleep(self.seconds)
+        self.num_begun = 0
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_step_is_over_when_all_of_it_is_computed_though_nothing_was_drawn(draws: bool) -> None:
+    """Its pages are copied, or given to others, from then on."""
+    forward = LateForward()
+    batch = make_batch([(0, 6)], [[0, 1]])
+    out = Runner(forward, 4, Sampler()).run(batch if draws else replace(batch, samples=Samples.of([])))
+    assert forward.num_begun == 0
+    assert out.stats.seconds >= forward.seconds
 
 
 def test_slots_follow_the_page_table() -> None:

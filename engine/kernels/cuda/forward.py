@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from engine.forward import cos_sin, make_rope, opened_pages
+from engine.forward import cos_sin, finish, make_rope, opened_pages
 from engine.kernels import AttentionLayout, Wanted
 from engine.kernels.cuda.attention import flash_obstacle
 from engine.kernels.cuda.graphs import DecodeGraphs, Record
@@ -65,6 +65,9 @@ class CudaForward:
         if not torch.equal(rows, torch.arange(len(hidden))):
             hidden = hidden.index_select(0, rows.to(self._place, non_blocking=True))
         return self._decoder.logits(hidden)
+
+    def wait(self) -> None:
+        finish(self._place)
 
     def _step(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
         return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache, wanted)

@@ -163,9 +163,11 @@ def test_without_its_host_a_client_has_nothing_until_the_host_is_back(
     host.start()
     pages, keys = Pages(4), keys_of(4)
     client = connect(pages)
+    assert client.host() == 1
     save(client, keys)
     host.stop(how)
     eventually(lambda: not client.connected)
+    assert client.host() == 0
     assert not client.may_have(keys[0])
     assert load(client, keys, first_page=4).num_pages == 0
     assert save(client, keys) == [False] * 4
@@ -173,8 +175,24 @@ def test_without_its_host_a_client_has_nothing_until_the_host_is_back(
     assert client.stats().pages_refused == 4
     host.start()
     eventually(lambda: client.connected)
+    assert client.host() == 2, "what the first one had is gone"
     assert all(save(client, keys))
     assert load(client, keys, first_page=4).num_pages == 4
+
+
+def test_pages_that_nobody_took_while_the_host_was_away_use_up_no_bandwidth(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    pages, keys = Pages(30), keys_of(30)
+    client = connect(pages, bandwidth=Bandwidth(save=40 * PAGE_BYTES), connected=False)
+    for _ in range(20):
+        assert save(client, keys) == [False] * 30
+    host.start()
+    eventually(lambda: client.connected)
+    assert client.room() > 0
+    begin = time.monotonic()
+    assert all(save(client, keys))
+    assert time.monotonic() - begin < 2.0, "30 pages at 40 a second; with those that were refused it would be 15 s"
 
 
 def test_a_host_that_stops_answering_costs_a_load_seconds_and_no_more(
@@ -204,7 +222,7 @@ def test_more_pages_than_the_host_holds_leave_the_beginnings_findable(
 def test_a_chunk_that_fills_more_pages_than_there_are_slots_is_taken_and_saved_whole(
     host: Host, connect: Callable[..., TierClient]
 ) -> None:
-    host.start()
+    host.start("2MiB")  # room for the pages and for the slots that the client holds
     pages, keys = Pages(100), keys_of(100)
     client = connect(pages)
     assert client.room() >= 100
@@ -218,7 +236,7 @@ def test_a_chunk_that_fills_more_pages_than_there_are_slots_is_taken_and_saved_w
 def test_pages_that_wait_for_slots_of_a_silent_host_are_given_back(
     host: Host, connect: Callable[..., TierClient]
 ) -> None:
-    host.start()
+    host.start("2MiB")  # room for the pages and for the slots that the client holds
     pages, keys = Pages(100), keys_of(100)
     client = connect(pages)
     save(client, keys[:1])

@@ -126,6 +126,27 @@ def test_a_host_that_is_lost_meanwhile_changes_no_token(
     assert small.answer(*crowd(), disturb=disturb) == wanted
 
 
+def test_a_host_that_is_started_again_amid_a_stream_has_all_of_it_in_the_end(
+    host: Host, replica: Callable[..., Replica]
+) -> None:
+    host.start("64MiB")
+    first, second, alone = replica(host, "8MiB"), replica(host, "8MiB"), replica(None, "8MiB")
+    asked = ask("x", PROMPT, max_tokens=100)
+
+    def disturb(step: int) -> None:
+        if step == 20:
+            host.stop(signal.SIGKILL)
+            host.start("64MiB")
+            for each in (first, second):
+                eventually(lambda each=each: each.clients[0].host() == 2)
+
+    wanted = alone.answer(asked)
+    assert first.answer(asked, disturb=disturb) == wanted
+    rest = second.answer(Request("x", tuple(PROMPT), asked.params, given=(tuple(wanted["x", 0][0][:99]),)))
+    assert rest["x", 0][0] == wanted["x", 0][0][99:]
+    assert second.engine.stats().tier_pages_loaded_total == (150 + 98) // 16
+
+
 def test_salts_are_kept_apart_at_the_host_too(host: Host, replica: Callable[..., Replica]) -> None:
     host.start("64MiB")
     first, second = replica(host, "8MiB"), replica(host, "8MiB")

@@ -22,10 +22,11 @@ from engine.kernels.cuda.fused import TorchFused
 from engine.kernels.cuda.graphs import Replay
 from engine.kernels.cuda.operators import CudaOperators
 from engine.kv.cache import PagedKVCache
+from engine.kv.copies import DevicePages
 from engine.models.decoder import Decoder
 from engine.models.loader import load_parameters
 from engine.runner import Runner, layout_of
-from tests.engine.kernels.cuda.device import DEVICE, HAS_GPU
+from tests.engine.kernels.cuda.device import DEVICE, HAS_GPU, needs_gpu
 from tests.engine.kernels.cuda.flash import flash_varlen
 from tests.engine.models import harness
 from tests.engine.models.harness import (
@@ -249,3 +250,20 @@ def test_recording_is_refused_with_a_reason(pair_of: Callable[[str], Pair]) -> N
     spec = load_parameters(pair_of("llama").path, torch.bfloat16).spec
     assert graph_obstacle(spec, None) is None
     assert "lengths of each step" in (graph_obstacle(spec, "pages of 16 tokens") or "")
+
+
+@needs_gpu
+def test_a_chunk_that_draws_nothing_is_in_its_pages_when_the_step_is_over(pair_of: Callable[[str], Pair]) -> None:
+    driver = Driver(pair_of("llama").path)
+    stream = driver.start(random_tokens(40, seed=2))
+    batch = replace(driver.batch([(stream, 30)]), samples=Samples.of([]))
+    memory = DevicePages(driver.cache)
+    copied = np.empty(memory.page_bytes, np.uint8)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # cycles: half a second in which the device does not get to the step
+    out = driver.runner.run(batch)
+    memory.read(stream.pages[0], copied)
+    torch.cuda.synchronize()
+    assert np.array_equal(copied, driver.cache.pages[stream.pages[0]].cpu().numpy().reshape(-1))
+    assert not (copied == NAN_BYTE).all()
+    assert out.stats.seconds > 0.1, "what the device takes, not what it takes to tell it"
