@@ -33,8 +33,14 @@ AUTO_SHARE = 0.25
 """Of the free memory that "auto" takes."""
 HAVE_TIMEOUT_S = 0.25
 """For other hosts to say what they have; a client waits for it."""
-PAGES_TIMEOUT_S = 10.0
-"""For a piece of pages to come from another host."""
+PAGES_TIMEOUT_S = 3.0
+"""For a piece of pages to come from another host. Less than what a client waits for it: it is to be told."""
+CLOSE_TIMEOUT_S = 5.0
+"""For a host to give back what it can, before its process is ended regardless."""
+END_TIMEOUT_S = 7.0
+"""For a host to say that it has ended: CLOSE_TIMEOUT_S, and less than Serve gives to the one who asks for it."""
+NUMBER_TIMEOUT_S = 5.0
+"""For a host to say which keeper it has; one that takes longer is starting, and has none."""
 _MAX_SOCKET_PATH = 107
 
 
@@ -52,18 +58,25 @@ class KVHostActor:
         self._peers = RayPeers()
         self._server = KVServer(self._directory, resolve(config), self._peers)
         self._keeper = 0
-        self._renewed = time.monotonic()
         self._renewing = asyncio.Lock()
+        self._closing: asyncio.Task[None] | None = None
         await self._server.start()
+        # Only now: nobody can renew it before, and to look through a disk takes its time.
+        self._renewed = time.monotonic()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
+    async def keeper(self) -> int:
+        """The number of the newest keeper that it has had, 0 if none."""
+        return self._keeper
+
     async def renew(self, keeper: int, config: KVTierConfig, peers: Mapping[str, Any]) -> HostStats:
-        """Lives on for LEASE_S, for this keeper unless there is a newer one: keepers are numbered by their start.
+        """Lives on for LEASE_S, for this keeper unless there is a newer one: keepers are numbered by `next_keeper`.
 
         With another configuration it begins anew. `peers`: the hosts of the other nodes by name.
         """
+        # At once: it is wanted, however long it then takes to begin anew.
+        self._renewed = time.monotonic()
         async with self._renewing:
-            self._renewed = time.monotonic()
             if keeper >= self._keeper:
                 self._keeper = keeper
                 self._peers.hosts = dict(peers)
@@ -75,8 +88,8 @@ class KVHostActor:
         """Gives everything back, unless it has a newer keeper; whether it did."""
         if keeper < self._keeper:
             return False
-        self._watching.cancel()
-        await self._server.close()
+        # The lease goes on: it ends the process if whoever asked for this does not live to do so.
+        await self._close()
         return True
 
     async def have(self, layout: bytes, keys: Sequence[bytes]) -> int:
@@ -89,16 +102,27 @@ class KVHostActor:
 
     async def _begin_anew(self, config: KVTierConfig) -> None:
         logger.info("The KV host has another configuration now: it begins anew")
-        await self._server.close()
-        self._config = config
+        await self._close()
+        self._closing = None
         self._server = KVServer(self._directory, resolve(config), self._peers)
         await self._server.start()
+        self._config = config
+
+    async def _close(self) -> None:
+        """Closes the server, once, as far as that goes: what hangs ends with the process."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._server.close())
+        done, _ = await asyncio.wait([self._closing], timeout=CLOSE_TIMEOUT_S)
+        if not done:
+            logger.warning("The KV host has not closed in %.0f s: something hangs", CLOSE_TIMEOUT_S)
+        elif (error := self._closing.exception()) is not None:
+            logger.error("The KV host did not close as it should", exc_info=error)
 
     async def _watch(self) -> None:
         while (left := self._renewed + LEASE_S - time.monotonic()) > 0:
             await asyncio.sleep(left)
         logger.warning("Nobody has wanted this KV host for %.0f s: it ends", LEASE_S)
-        await self._server.close()
+        await self._close()
         # Without a restart, unlike any other end of the process.
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
@@ -175,11 +199,25 @@ def start_hosts(application: str, config: KVTierConfig, prepare: Callable[[], No
     }
 
 
+async def next_keeper(hosts: Sequence[Any]) -> int:
+    """A number for a new keeper of these hosts, above those of all keepers before it: the time in nanoseconds, or
+    more where the clock has been set back since."""
+    numbers = await asyncio.gather(
+        *(_call(asyncio.wait_for(_awaited(host.keeper.remote()), NUMBER_TIMEOUT_S)) for host in hosts)
+    )
+    return max([time.time_ns(), *(number + 1 for number in numbers if number is not None)])
+
+
 async def end_hosts(keeper: int, hosts: Sequence[Any]) -> None:
-    """Ends those hosts that nobody but `keeper` wants, with all they keep in memory."""
-    ended = await asyncio.gather(*(_call(_awaited(host.end.remote(keeper))) for host in hosts))
+    """Ends those hosts that nobody but `keeper` wants, with all they keep in memory.
+
+    One that does not answer is ended too: it is of no use as it is, and a newer keeper starts it again.
+    """
+    ended = await asyncio.gather(
+        *(_call(asyncio.wait_for(_awaited(host.end.remote(keeper)), END_TIMEOUT_S)) for host in hosts)
+    )
     for host, has_ended in zip(hosts, ended, strict=True):
-        if has_ended:
+        if has_ended is not False:
             ray.kill(host, no_restart=True)
 
 

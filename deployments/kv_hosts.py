@@ -1,11 +1,11 @@
 """Keeps a KV host on every node while the application lives, as Serve runs it, and reports what the hosts do.
 
 Owns the lease of the hosts. They survive a crash of this process, which Serve replaces: the next one takes them over.
-They end with the application: Serve lets this one say goodbye, and if it cannot, the lease runs out.
+They end with the application: Serve lets this one say goodbye, and if it cannot, the lease runs out. Ray's control
+plane may hang meanwhile, and so may any host: neither may cost the others their lease.
 """
 
 import asyncio
-import itertools
 import logging
 import os
 import time
@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import KVTierConfig
 from cluster.kv.stats import HostStats
-from cluster.kv_host import end_hosts, start_hosts
+from cluster.kv_host import end_hosts, next_keeper, start_hosts
 from deployments.logs import configure_logging
 from deployments.metrics_push import MetricsPusher
 from monitoring.recorder import Delta, Recorder
@@ -26,8 +26,8 @@ from monitoring.recorder import Delta, Recorder
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
-START_EVERY = 5
-"""Periods between two looks for nodes without a host: one whose host cannot start is not to be kept busy with that."""
+LOOK_EVERY_S = 5.0
+"""Between two looks for nodes without a host: one whose host cannot start is not to be kept busy with that."""
 ANSWER_TIMEOUT_S = 10.0
 """For a host to answer; one that starts again after a crash reads its disk first."""
 MOST_MISSED = 3
@@ -129,48 +129,73 @@ class KVHosts:
         self._application = serve.get_replica_context().app_name
         self._keeper = time.time_ns()
         self._hosts: dict[str, Any] = {}
+        self._renewals: dict[str, asyncio.Task[None]] = {}
+        """Node -> its host is being asked."""
         self._silences = Silences()
         recorder = Recorder()
         self._meter = HostMeter(recorder)
         push = hub.options(method_name="push")
+        source = f"kv-hosts-{self._keeper}/{os.getpid()}"
 
         async def send(delta: Delta) -> None:
-            await push.remote(f"kv-hosts-{self._keeper}/{os.getpid()}", delta)
+            await push.remote(source, delta)
 
         self._hosts = await asyncio.to_thread(self._start)
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._keep()), loop.create_task(MetricsPusher(recorder, send).run())]
+        work = (self._keep(), self._look(), MetricsPusher(recorder, send).run())
+        self._tasks = [asyncio.get_running_loop().create_task(each) for each in work]
 
     def _start(self) -> dict[str, Any]:
         return start_hosts(self._application, self._config, partial(configure_logging, "kv host"))
 
-    async def _keep(self) -> None:
-        for period in itertools.count(1):
+    async def _look(self) -> None:
+        """Finds nodes that have come or gone. By itself, as the control plane may take for ever to answer."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
             try:
-                if period % START_EVERY == 0:
-                    known, self._hosts = self._hosts, await asyncio.to_thread(self._start)
-                    for node in known.keys() - self._hosts.keys():
-                        self._meter.forget(node[:_NODE_LABEL])
-                await asyncio.gather(*(self._renew(node) for node in self._hosts))
+                hosts = await asyncio.to_thread(self._start)
             except Exception:
-                logger.exception("The KV hosts cannot be looked after")
+                logger.exception("Ray does not say which nodes there are")
+                continue
+            known, self._hosts = self._hosts, hosts
+            for node in known.keys() - hosts.keys():
+                self._meter.forget(node[:_NODE_LABEL])
+
+    async def _keep(self) -> None:
+        """Renews every host, each by itself."""
+        try:
+            self._keeper = await next_keeper(list(self._hosts.values()))
+        except Exception:
+            logger.exception("The KV hosts do not say which keeper they have")
+        while True:
+            for node, host in self._hosts.items():
+                if node not in self._renewals:
+                    self._renewals[node] = asyncio.create_task(self._renew(node, host))
             await asyncio.sleep(PERIOD_S)
 
-    async def _renew(self, node: str) -> None:
-        others = {name: host for name, host in self._hosts.items() if name != node}
-        label = node[:_NODE_LABEL]
+    async def _renew(self, node: str, host: Any) -> None:
+        try:
+            await self._ask(node, host)
+        except Exception:
+            logger.exception("The KV host of node %s cannot be looked after", node[:_NODE_LABEL])
+        finally:
+            del self._renewals[node]
+
+    async def _ask(self, node: str, host: Any) -> None:
+        others = {name: other for name, other in self._hosts.items() if name != node}
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                self._meter.update(label, await self._hosts[node].renew.remote(self._keeper, self._config, others))
+                stats = await host.renew.remote(self._keeper, self._config, others)
             self._silences.answered(node)
+            if node in self._hosts:
+                self._meter.update(node[:_NODE_LABEL], stats)
         except ray.exceptions.RayError as error:
             self._silences.gone(node)
             self._missing(node, _why(error))
         except TimeoutError:
             self._missing(node, f"nothing in {ANSWER_TIMEOUT_S:.0f} s")
             if self._silences.timed_out(node):
-                logger.warning("The KV host of node %s is ended and started again", label)
-                ray.kill(self._hosts[node], no_restart=False)
+                logger.warning("The KV host of node %s is ended and started again", node[:_NODE_LABEL])
+                await asyncio.to_thread(ray.kill, host, no_restart=False)
 
     def _missing(self, node: str, reason: str) -> None:
         self._meter.forget(node[:_NODE_LABEL])
@@ -179,7 +204,7 @@ class KVHosts:
 
     async def __del__(self) -> None:
         # Serve awaits this at the end of a graceful shutdown.
-        for task in getattr(self, "_tasks", ()):
+        for task in (*getattr(self, "_tasks", ()), *self._renewals.values()):
             task.cancel()
         await end_hosts(self._keeper, list(self._hosts.values()))
 

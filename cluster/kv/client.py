@@ -45,7 +45,7 @@ RETRY_S = 1.0
 """Between two attempts to reach a host that is not there."""
 REFUSED_RETRY_S = 30.0
 ANSWER_TIMEOUT_S = 5.0
-"""For a host that takes longer to say anything to a load: the sequence is computed instead."""
+"""For a host that takes longer to say anything of a load: the rest of the sequence is computed instead."""
 CLOSE_TIMEOUT_S = 2.0
 MAX_QUEUED = 256
 """Pages that may be on their way to the host at once: each is held on the device until it is copied. An iteration may
@@ -78,6 +78,8 @@ class _Running:
     began: float
     heard: float
     """When the host last said something of it."""
+    found: bool = False
+    """Whether the host has said what it has."""
     wanted: int = 0
     """Pages that were decided on."""
     copied: int = 0
@@ -253,9 +255,21 @@ class TierClient:
             while not self._closing:
                 for message in connection.receive(self._woken, self._patience()):
                     self._handle(connection, message)
-                if any(self._clock() - running.heard > ANSWER_TIMEOUT_S for running in self._running.values()):
-                    raise WireError(f"the host says nothing of a load for {ANSWER_TIMEOUT_S:.0f} s")
+                self._end_silent(connection)
                 self._work(connection)
+
+    def _end_silent(self, connection: Connection) -> None:
+        """Ends the loads of which the host has said nothing for too long, each by itself: a disk or a peer may hang.
+
+        Raises WireError if it has not even said what it has: it knows that at once, and is itself not to be waited for.
+        """
+        now = self._clock()
+        for running in [each for each in self._running.values() if now - each.heard >= ANSWER_TIMEOUT_S]:
+            if not running.found:
+                raise WireError(f"the host does not say what it has for {ANSWER_TIMEOUT_S:.0f} s")
+            logger.warning("The KV host brings no page for %.0f s: the rest is computed", ANSWER_TIMEOUT_S)
+            connection.send(Release(running.load.ticket))
+            self._finish(running)
 
     def _work(self, connection: Connection) -> None:
         """Does what the engine has asked for; loads first, as sequences wait for those. Pages wait for slots."""
@@ -287,9 +301,11 @@ class TierClient:
 
     def _patience(self) -> float:
         """Seconds that the host may be silent before something is to be done."""
-        if self._starved_at is None:
-            return ANSWER_TIMEOUT_S
-        return min(ANSWER_TIMEOUT_S, max(0.0, self._starved_at + GRANT_PATIENCE_S - self._clock()))
+        now = self._clock()
+        due = [heard + ANSWER_TIMEOUT_S for heard in (now, *(running.heard for running in self._running.values()))]
+        if self._starved_at is not None:
+            due.append(self._starved_at + GRANT_PATIENCE_S)
+        return max(0.0, min(due) - now)
 
     def _handle(self, connection: Connection, message: Message) -> None:
         match message:
@@ -323,7 +339,7 @@ class TierClient:
             raise WireError("more pages were found than were asked for")
         media = [min(slot, _MEMORY) for slot in slots]
         seconds = [self._costs[medium].page_seconds for medium in media]
-        running.heard = self._clock()
+        running.heard, running.found = self._clock(), True
         running.wanted = wanted = self._choose(seconds, load.recompute_seconds)
         running.predicted = self._clock() - running.began + sum(seconds[:wanted])
         for medium in media[:wanted]:

@@ -2,10 +2,11 @@
 
 Owns what is written, found again after a restart, and deleted. The format of a file is `cluster.kv.page_file`'s. A disk
 that fails is never an error to the caller: what cannot be written or read is not there. One that cannot be written to
-is read from on, and nothing more is written until the next start.
+is read from on, and nothing more is written until the next start. One that hangs shows no page until it is over that.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,14 @@ T = TypeVar("T")
 
 MAX_PAGES = 2**22
 """Of one layout: each has a tag in the segment, which clients look through."""
+READERS = 4
+"""Threads that read: a few that hang leave some to the others, and all other threads of the host alone."""
+REST_S = 30.0
+"""How long nothing is read of a layout once a read that hung has come to its end: it is likely to happen again."""
+SURVEY_PATIENCE_S = 60.0
+"""For what is on the disk to be found, before a host serves without."""
+CLOSE_PATIENCE_S = 1.5
+"""For what is being written when the tier closes."""
 _LAYOUT_FOLDER = re.compile(r"[0-9a-f]{64}")
 _LOCK_NAME = ".manta-kv.lock"
 _WRITER = "writer"
@@ -66,10 +75,11 @@ class DiskTier:
         self._stale: dict[str, int] = {}
         """Folders of layouts that nobody uses and their bytes, those used longest ago first."""
         self._lock = -1
-        self._taken = False
-        """Whether another host uses the folder, and this one must not."""
+        self._off = False
+        """Whether the folder is left alone: another host uses it, or it could not even be looked through."""
         # One thread, so that files are written and deleted in the order in which that was decided.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-disk")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="kv-disk-read")
 
     @property
     def num_pages(self) -> int:
@@ -84,21 +94,24 @@ class DiskTier:
     async def start(self) -> None:
         """Makes the folder if need be, and looks what is in it. A tier that cannot be used says so in the log."""
         try:
-            self._stale = await self.write_thread(self._survey)
+            self._stale = await asyncio.wait_for(self.write_thread(self._survey), SURVEY_PATIENCE_S)
         except BlockingIOError:
-            self._taken = True
-            self.writable = False
+            self._off, self.writable = True, False
             logger.warning("The disk tier is off: another host uses %s", self.root)
+        except TimeoutError:
+            self._off, self.writable = True, False
+            logger.warning("The disk tier is off: to look through %s takes over %.0f s", self.root, SURVEY_PATIENCE_S)
         except OSError as error:
             self.switch_off(error)
 
     async def open(self, layout: bytes, page_bytes: int) -> "LayoutDisk | None":
-        """The pages of a layout, with what others in use leave of the budget; None if that is not even one page."""
+        """The pages of a layout, with what others in use leave of the budget; None if that is not even one page, or if
+        the disk is not to be used."""
         size = file_bytes(page_bytes)
         left = self._budget - sum(disk.table.num_slots * disk.file_bytes for disk in self._open.values())
         num_pages = min(left // size, MAX_PAGES)
         name = layout.hex()
-        if self._taken:
+        if self._off:
             return None
         if num_pages < 1:
             logger.warning("The disk tier is off for this layout: %d bytes are left, a page takes %d", left, size)
@@ -106,7 +119,12 @@ class DiskTier:
         disk = LayoutDisk(self, layout, page_bytes, num_pages)
         self._stale.pop(name, None)
         self._open[name] = disk
-        await disk.recover()
+        try:
+            await asyncio.wait_for(disk.recover(), SURVEY_PATIENCE_S)
+        except TimeoutError:
+            logger.warning("The disk tier is off for this layout: it takes over %.0f s to be found", SURVEY_PATIENCE_S)
+            await disk.close()
+            return None
         return disk
 
     def closed(self, name: str, num_bytes: int) -> None:
@@ -135,14 +153,21 @@ class DiskTier:
         """Runs `work` after everything that was to be written before it."""
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
 
+    async def read_thread(self, work: Callable[[], T]) -> T:
+        """Runs `work`, which reads, beside all else."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
     def delete_later(self, paths: Sequence[Path]) -> None:
         """Deletes files after everything that was to be written before."""
         if paths:
             self._writer.submit(_delete, paths)
 
     async def close(self) -> None:
-        """Waits for what is being written. Files stay."""
-        await asyncio.to_thread(self._writer.shutdown)
+        """Waits for what is being written, unless that hangs. Files stay."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.write_thread(_nothing), CLOSE_PATIENCE_S)
+        for threads in (self._writer, self._readers):
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -171,11 +196,17 @@ class LayoutDisk:
         self.file_bytes = file_bytes(page_bytes)
         self.table = SlotTable(num_pages)
         """Each slot is the right to one file."""
+        self.readable = True
+        """See `Disk.readable`."""
         self._tier = tier
         self._layout = layout
         self._page_bytes = page_bytes
         self._folder = tier.root / layout.hex()
         self._tags: NDArray[np.uint64] = np.zeros(num_pages, dtype=np.uint64)
+        self._shown = self._tags
+        """What clients see: the tags themselves, or nothing while the disk rests."""
+        self._hanging: set[asyncio.Future[Any]] = set()
+        self._waking: asyncio.TimerHandle | None = None
         self._tickets = 0
 
     @property
@@ -192,7 +223,7 @@ class LayoutDisk:
     def show_tags(self, tags: NDArray[np.uint64]) -> None:
         """Keeps the tags of its pages in this array of `num_pages` from now on."""
         tags[:] = self._tags
-        self._tags = tags
+        self._tags = self._shown = tags
 
     async def recover(self) -> None:
         """Finds the pages that are there from before; files that are not whole are deleted."""
@@ -230,7 +261,7 @@ class LayoutDisk:
         ticket = self._tickets
         for key in keys:
             self.table.pin(_READER, ticket, key)
-        outcomes = await asyncio.to_thread(self._read, keys, views)
+        outcomes = await self._tier.read_thread(partial(self._read, keys, views))
         for key, outcome in zip(keys, outcomes, strict=True):
             if isinstance(outcome, PageHeader):
                 continue
@@ -245,10 +276,40 @@ class LayoutDisk:
         self.table.release(_READER, ticket)
         return [(each.parent, each.crc) if isinstance(each, PageHeader) else None for each in outcomes]
 
+    def rest(self, until: "asyncio.Future[Any]") -> None:
+        """See `Disk.rest`."""
+        if self.readable:
+            logger.warning(
+                "A read hangs: nothing is read from %s until %.0f s after it has come to its end", self._folder, REST_S
+            )
+            self._tier.counters.disk_errors_total += 1
+            self._tags = self._shown.copy()
+            self._shown.fill(0)
+            self.readable = False
+        if self._waking is not None:
+            self._waking.cancel()
+        self._hanging.add(until)
+        until.add_done_callback(self._has_ended)
+
     async def close(self) -> None:
         """Files stay."""
-        self._tags = np.zeros(self.table.num_slots, dtype=np.uint64)
+        self._hanging.clear()
+        if self._waking is not None:
+            self._waking.cancel()
+        self._tags = self._shown = np.zeros(self.table.num_slots, dtype=np.uint64)
         self._tier.closed(self._folder.name, self.num_bytes)
+
+    def _has_ended(self, read: "asyncio.Future[Any]") -> None:
+        """A read that hung has come to its end, if not after the end of this."""
+        if self._hanging == {read}:
+            self._waking = read.get_loop().call_later(REST_S, self._wake)
+        self._hanging.discard(read)
+
+    def _wake(self) -> None:
+        logger.info("Pages are read from %s again", self._folder)
+        self._shown[:] = self._tags
+        self._tags = self._shown
+        self.readable = True
 
     def _delete(self, pages: Iterable[Page]) -> None:
         paths = []
@@ -303,6 +364,10 @@ class LayoutDisk:
                 logger.warning("A page on disk cannot be read: %s", error)
                 self._tier.counters.disk_errors_total += 1
         return headers
+
+
+def _nothing() -> None:
+    pass
 
 
 def _delete(paths: Iterable[Path]) -> None:

@@ -16,7 +16,8 @@ class PageCopy:
 
 
 class Peers(Protocol):
-    """The hosts of all other nodes. Neither call raises: a host that cannot be asked has nothing."""
+    """The hosts of all other nodes. Neither call raises, nor takes more than seconds: a host that cannot be asked, or
+    does not answer in time, has nothing."""
 
     async def have(self, layout: bytes, keys: Sequence[bytes]) -> tuple[str, int]:
         """The host that has the longest run of these keys, from the first on, and how many; 0 if none has any."""

@@ -24,7 +24,7 @@ from cluster.kv.segment import BLOCK, FILE_PREFIX, Segment, SegmentError, remove
 from cluster.kv.session import ClientSession, ProtocolError
 from cluster.kv.slots import SlotError
 from cluster.kv.stats import HostCounters, HostStats
-from cluster.kv.store import Store
+from cluster.kv.store import CLOSE_PATIENCE_S, Store
 from cluster.kv.wire import (
     PREFIX_BYTES,
     VERSION,
@@ -95,15 +95,14 @@ class KVServer:
         self.socket.chmod(0o600)
 
     async def close(self) -> None:
-        """Ends all connections; removes the socket and all segments."""
+        """Ends all connections; removes the socket and all segments. Takes seconds at most, whatever hangs."""
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
             connection.cancel()
         if self._connections:
-            await asyncio.wait(self._connections)
-        for layout in list(self._stores):
-            await self._drop(layout)
+            await asyncio.wait(self._connections, timeout=CLOSE_PATIENCE_S)
+        await asyncio.gather(*(self._drop(layout) for layout in list(self._stores)))
         if self._disk is not None:
             await self._disk.close()
         if self._server is not None:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from cluster.kv.wire import ELSEWHERE, ON_DISK, Entry
 logger = logging.getLogger(__name__)
 
 View = NDArray[np.uint8]
+T = TypeVar("T")
 
 HOST = "host"
 """The owner of slots that the host itself writes to."""
@@ -33,7 +34,12 @@ MAX_CREDIT = 32
 MAX_AHEAD = 64
 """Slots kept free, at most, so that whoever needs one does not wait for the disk."""
 DISK_PATIENCE_S = 1.0
-"""How long a piece may take to be written before clients get slots at the cost of pages that are not on disk."""
+"""How long a piece may take to be written before others get slots at the cost of pages that are not on disk."""
+READ_PATIENCE_S = 2.0
+"""How long a piece may take to be read from disk before whoever waits for it is told that it is not there. Well within
+what a client waits for an answer."""
+CLOSE_PATIENCE_S = 1.5
+"""For what is under way when a store closes."""
 
 
 class Disk(Protocol):
@@ -42,14 +48,28 @@ class Disk(Protocol):
     @property
     def writable(self) -> bool: ...
 
-    def __contains__(self, key: bytes) -> bool: ...
+    @property
+    def readable(self) -> bool:
+        """Whether pages can be read now."""
+        ...
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the page is on disk, readable or not."""
+        ...
 
     async def write(self, pages: Sequence[tuple[Page, View]]) -> None:
         """Writes what is not there yet; the views must not change meanwhile."""
         ...
 
     async def read(self, keys: Sequence[bytes], views: Sequence[View]) -> list[tuple[bytes, int] | None]:
-        """Fills the views; by page, its parent and CRC, or None if it cannot be had."""
+        """Fills the views; by page, its parent and CRC, or None if it cannot be had.
+
+        However long that takes: until it returns a thread may write to the views.
+        """
+        ...
+
+    def rest(self, until: "asyncio.Future[Any]") -> None:
+        """This read hangs: until it has come to its end, and some time after, nothing is readable."""
         ...
 
     async def close(self) -> None: ...
@@ -75,13 +95,15 @@ class Store:
         # At least what one client is granted at once.
         self._ahead = min(MAX_AHEAD, segment.num_slots // 4)
         self._backed = bytearray(segment.num_slots)
-        self._loading = asyncio.Lock()
+        self._reading = asyncio.Lock()
+        self._coming: dict[bytes, asyncio.Event] = {}
+        """By the key of the first: pages on their way from a peer, until they are here or are not to come."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._demotion: asyncio.Task[None] | None = None
         self._writing_since = 0.0
         self._reminder: asyncio.TimerHandle | None = None
         self._wanted = 0
-        """Free slots that a load waits for."""
+        """Free slots that loads wait for."""
 
     @property
     def piece(self) -> int:
@@ -94,7 +116,7 @@ class Store:
         No more than the disk makes room for: a client's pages can wait where they are, and are found there meanwhile.
         """
         self._keep_ahead()
-        if self._disk_keeps_up() and count > self.table.num_free:
+        if self._disk_patience() > 0 and count > self.table.num_free:
             count = self.table.num_free
             if self._reminder is None:
                 self._reminder = asyncio.get_running_loop().call_later(DISK_PATIENCE_S, self._remind)
@@ -106,7 +128,7 @@ class Store:
         A page whose predecessor is not here could not be found: its slot is free again.
         """
         for entry in entries:
-            if entry.parent and not self.has(entry.parent):
+            if entry.parent and self.table.get(entry.parent) is None and not self._on_disk(entry.parent):
                 self.table.give_back(owner, entry.slot)
             elif self.table.commit(owner, entry.slot, entry.key, entry.parent, entry.crc) is not None:
                 self.segment.tags[entry.slot] = tag_of(entry.key)
@@ -117,7 +139,7 @@ class Store:
         run: list[Page | None] = []
         for key in keys:
             page = self.table.pin(owner, ticket, key)
-            if page is None and not self._on_disk(key):
+            if page is None and not self._can_read(key):
                 break
             run.append(page)
         return run
@@ -133,8 +155,8 @@ class Store:
         return host, min(count, len(keys))
 
     def has(self, key: bytes) -> bool:
-        """Whether the page is on this node."""
-        return self.table.get(key) is not None or self._on_disk(key)
+        """Whether the page can be had on this node now."""
+        return self.table.get(key) is not None or self._can_read(key)
 
     def discard(self, keys: Iterable[bytes]) -> None:
         """A client read these pages and their CRC was wrong."""
@@ -145,7 +167,8 @@ class Store:
     async def load(self, keys: Sequence[bytes], peer: str, pin: Callable[[bytes], object]) -> None:
         """Brings pages, at most `piece` of them, from disk or from a peer; `pin` is called with the key of each.
 
-        It goes on when the caller is cancelled: a slot that a thread writes to cannot be given to another.
+        What hangs is waited for by those who want it, for seconds, and by nobody else. It goes on when the caller is
+        cancelled: a slot that a thread writes to cannot be given to another.
         """
         await asyncio.shield(self._start(self._load(keys, peer, pin)))
 
@@ -156,28 +179,31 @@ class Store:
             page = self.table.get(key)
             if page is not None:
                 copies.append(PageCopy(key, page.parent, page.crc, self.segment.slot(page.slot).tobytes()))
-                continue
-            buffer = bytearray(self.segment.page_bytes)
-            read = (
-                await self.disk.read([key], [np.frombuffer(buffer, dtype=np.uint8)])
-                if self.disk and key in self.disk
-                else [None]
-            )
-            if read[0] is None:
+            elif (copy := await self._copy_from_disk(key)) is not None:
+                copies.append(copy)
+            else:
                 break
-            copies.append(PageCopy(key, *read[0], bytes(buffer)))
         self._counters.served_total += len(copies)
         return copies
 
     async def close(self) -> None:
-        """Waits for what is under way and removes the segment. Pages in memory are gone, those on disk stay."""
+        """Removes the segment, and waits for what is under way, unless that hangs.
+
+        Pages in memory are gone, those on disk stay.
+        """
+        # At once: nobody is to open it any more, and what comes next may be cut short.
+        self.segment.unlink()
         if self._reminder is not None:
             self._reminder.cancel()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_PATIENCE_S):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        for task in list(self._tasks):
+            task.cancel()
         if self.disk is not None:
             await self.disk.close()
-        self.segment.unlink()
+        # A thread that still writes to a slot has a view of it, which keeps the mapping.
         self.segment.close()
 
     async def _take(self, owner: Owner, count: int) -> list[int]:
@@ -206,26 +232,30 @@ class Store:
             logger.warning("%s: no memory for %d of its slots, which stay unused", self.segment.path, lost)
 
     async def _load(self, keys: Sequence[bytes], peer: str, pin: Callable[[bytes], object]) -> None:
-        # One after another: the disk is one, and whoever waits for the same pages finds them in memory then.
-        async with self._loading:
-            keys = keys[: self.piece]
-            missing = [key for key in keys if self.table.get(key) is None]
-            local = [key for key in missing if self._on_disk(key)]
-            if local:
-                await self._load_from_disk(local, pin)
-            elif missing and peer:
-                await self._load_from_peer(missing, peer, pin)
-            for key in keys:
-                if key not in missing:
-                    pin(key)
+        keys = keys[: self.piece]
+        first = next((key for key in keys if self.table.get(key) is None), None)
+        if first is not None and self._can_read(first):
+            # One after another: the disk is one, and whoever waits for the same pages finds them in memory then.
+            async with self._reading:
+                await self._load_from_disk(keys, pin)
+        elif first is not None and peer:
+            await self._load_from_peer([key for key in keys if not self.has(key)], peer, pin)
+        for key in keys:
+            pin(key)
 
     async def _load_from_disk(self, keys: Sequence[bytes], pin: Callable[[bytes], object]) -> None:
-        assert self.disk is not None
+        keys = [key for key in keys if self.table.get(key) is None and self._can_read(key)]
+        if not keys:
+            return
         await self._free(len(keys))
         slots = await self._take(HOST, len(keys))
-        views = [self.segment.slot(slot) for slot in slots]
-        read = await self.disk.read(keys[: len(slots)], views)
-        for key, slot, header in zip(keys, slots, read, strict=False):
+        await self._patiently(self._start(self._fill(keys[: len(slots)], slots, pin)))
+
+    async def _fill(self, keys: Sequence[bytes], slots: Sequence[int], pin: Callable[[bytes], object]) -> None:
+        """Reads pages from disk into these slots, which nobody else gets before the thread that does so returns."""
+        assert self.disk is not None
+        read = await self.disk.read(keys, [self.segment.slot(slot) for slot in slots])
+        for key, slot, header in zip(keys, slots, read, strict=True):
             if header is None:
                 self.table.give_back(HOST, slot)
                 continue
@@ -233,9 +263,39 @@ class Store:
             self._counters.promotions_total += 1
             pin(key)
 
+    async def _copy_from_disk(self, key: bytes) -> PageCopy | None:
+        if self.disk is None or not self._can_read(key):
+            return None
+        buffer = bytearray(self.segment.page_bytes)
+        read = await self._patiently(self._start(self.disk.read([key], [np.frombuffer(buffer, dtype=np.uint8)])))
+        if read is None or read[0] is None:
+            return None
+        return PageCopy(key, *read[0], bytes(buffer))
+
+    async def _patiently(self, reading: "asyncio.Task[T]") -> T | None:
+        """What a read from disk has brought. None if it hangs: then it goes on by itself, and the disk rests."""
+        assert self.disk is not None
+        done, _ = await asyncio.wait([reading], timeout=READ_PATIENCE_S)
+        if not done:
+            self.disk.rest(reading)
+            return None
+        return reading.result()
+
     async def _load_from_peer(self, keys: Sequence[bytes], peer: str, pin: Callable[[bytes], object]) -> None:
-        copies = await self._peers.pages(peer, self.layout, keys)
-        copies = copies[: len(keys)]
+        """Holds nothing up meanwhile but those who want the same pages: they come once."""
+        if (coming := self._coming.get(keys[0])) is not None:
+            await coming.wait()
+            return
+        coming = self._coming[keys[0]] = asyncio.Event()
+        try:
+            copies = await self._peers.pages(peer, self.layout, keys)
+            await self._keep(keys, copies[: len(keys)], pin)
+        finally:
+            del self._coming[keys[0]]
+            coming.set()
+
+    async def _keep(self, keys: Sequence[bytes], copies: Sequence[PageCopy], pin: Callable[[bytes], object]) -> None:
+        """Puts pages that a peer has sent into memory, those that are what they should be."""
         await self._free(len(copies))
         slots = await self._take(HOST, len(copies))
         for key, slot, copy in zip(keys, slots, copies, strict=False):
@@ -255,9 +315,11 @@ class Store:
             self._writing_since = time.monotonic()
             self._demotion = self._start(self._demote())
 
-    def _disk_keeps_up(self) -> bool:
-        """Whether pages are on their way to disk, and not for too long."""
-        return self._demotion is not None and time.monotonic() - self._writing_since < DISK_PATIENCE_S
+    def _disk_patience(self) -> float:
+        """Seconds that pages may still be on their way to disk; none if there are no such pages, or for too long."""
+        if self._demotion is None:
+            return 0.0
+        return max(0.0, self._writing_since + DISK_PATIENCE_S - time.monotonic())
 
     def _remind(self) -> None:
         """Clients were given fewer slots than they may have; the disk may not have kept up since."""
@@ -273,13 +335,16 @@ class Store:
     async def _free(self, count: int) -> None:
         """Waits until so many slots are free, if writing pages to disk makes them so.
 
-        A load has the time, unlike a client that has new pages; and nothing is lost for what is not lost yet.
+        A load has the time, unlike a client that has new pages; and nothing is lost for what is not lost yet. But not
+        for a disk that hangs.
         """
-        self._wanted = count
-        self._keep_ahead()
-        if self.table.num_free < count and self._demotion is not None:
-            await asyncio.wait([self._demotion])
-        self._wanted = 0
+        self._wanted += count
+        try:
+            self._keep_ahead()
+            while self._demotion is not None and self.table.num_free < count and (left := self._disk_patience()) > 0:
+                await asyncio.wait([self._demotion], timeout=left)
+        finally:
+            self._wanted -= count
 
     async def _demote(self) -> None:
         assert self.disk is not None
@@ -304,11 +369,14 @@ class Store:
     def _on_disk(self, key: bytes) -> bool:
         return self.disk is not None and key in self.disk
 
+    def _can_read(self, key: bytes) -> bool:
+        return self.disk is not None and self.disk.readable and key in self.disk
+
     def _forget(self, gone: Iterable[Page]) -> None:
         for page in gone:
             self.segment.tags[page.slot] = 0
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _start(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -1,10 +1,21 @@
-"""What the keeper of KV hosts makes of their snapshots."""
+"""What the keeper of KV hosts makes of their snapshots and silences, and what keeps it from none of them."""
 
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from cluster.config import KVTierConfig
 from cluster.kv.stats import HostStats
-from deployments.kv_hosts import MOST_MISSED, MOST_MISSED_AT_START, HostMeter, Silences
-from monitoring.recorder import Recorder
+from deployments import kv_hosts
+from deployments.kv_hosts import MOST_MISSED, MOST_MISSED_AT_START, HostMeter, KVHosts, Silences
+from monitoring.recorder import Delta, Recorder
 from monitoring.store import MetricsStore
 
 NONE = HostStats(*[0] * 12)
@@ -67,3 +78,139 @@ def test_silence_is_news_once_until_it_is_over() -> None:
     assert silences.is_news("b")
     silences.answered("a")
     assert silences.is_news("a")
+
+
+class Host:
+    """A host as its keeper reaches it."""
+
+    def __init__(self, *, silent: bool = False, keeper: int = 0) -> None:
+        self.keepers: list[int] = []
+        """Who has renewed it, each time."""
+        self.keeper = SimpleNamespace(remote=self._number)
+        self.renew = SimpleNamespace(remote=self._renew)
+        self._silent = silent
+        self._keeper = keeper
+
+    async def _number(self) -> int:
+        return self._keeper
+
+    async def _renew(self, keeper: int, config: KVTierConfig, others: dict[str, Any]) -> HostStats:
+        self.keepers.append(keeper)
+        if self._silent:
+            await asyncio.Event().wait()
+        return NONE
+
+
+class Keeper(KVHosts):
+    def __del__(self) -> None:  # type: ignore[override]
+        """Unlike Serve, Python does not await it."""
+
+
+@asynccontextmanager
+async def keeping(monkeypatch: pytest.MonkeyPatch, start: Callable[..., dict[str, Host]]) -> AsyncIterator[None]:
+    """A keeper in a hurry."""
+
+    async def push(source: str, delta: Delta) -> None:
+        pass
+
+    monkeypatch.setattr(kv_hosts, "PERIOD_S", 0.01)
+    monkeypatch.setattr(kv_hosts, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(kv_hosts, "configure_logging", lambda name: None)
+    monkeypatch.setattr(kv_hosts, "start_hosts", start)
+    monkeypatch.setattr(kv_hosts.serve, "get_replica_context", lambda: SimpleNamespace(app_name="served"))
+    hub = SimpleNamespace(options=lambda method_name: SimpleNamespace(remote=push))
+    keeper = Keeper.__new__(Keeper)
+    await keeper.__init__(KVTierConfig(memory=2**20), hub)
+    try:
+        yield
+    finally:
+        for task in (*keeper._tasks, *keeper._renewals.values()):
+            task.cancel()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def is_renewed(host: Host) -> None:
+    """Returns once the host has been renewed some more times."""
+    before = len(host.keepers)
+    await until(lambda: len(host.keepers) > before + 3)
+
+
+def test_a_control_plane_that_hangs_costs_no_host_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, looks = Host(), itertools.count()
+    looking, over = threading.Event(), threading.Event()
+
+    def start(*arguments: object) -> dict[str, Host]:
+        if next(looks):
+            looking.set()
+            over.wait(60)
+        return {"a": host}
+
+    async def scenario() -> None:
+        try:
+            async with keeping(monkeypatch, start):
+                await until(looking.is_set)
+                await is_renewed(host)
+        finally:
+            over.set()
+
+    asyncio.run(scenario())
+
+
+def test_a_host_that_hangs_and_a_kill_that_hangs_cost_no_other_host_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = {"a": Host(silent=True), "b": Host()}
+    killing, over = threading.Event(), threading.Event()
+
+    def kill(host: Host, *, no_restart: bool) -> None:
+        assert host is hosts["a"] and not no_restart
+        killing.set()
+        over.wait(60)
+
+    monkeypatch.setattr(kv_hosts.ray, "kill", kill)
+    monkeypatch.setattr(kv_hosts, "ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(kv_hosts, "MOST_MISSED_AT_START", 2)
+
+    async def scenario() -> None:
+        try:
+            async with keeping(monkeypatch, lambda *arguments: hosts):
+                await until(lambda: hosts["a"].keepers)
+                await is_renewed(hosts["b"])
+                assert len(hosts["a"].keepers) == 1, "it still has time to answer"
+                await until(killing.is_set)
+                await is_renewed(hosts["b"])
+        finally:
+            over.set()
+
+    asyncio.run(scenario())
+
+
+def test_nodes_that_come_are_kept_and_those_that_go_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = Host(), Host()
+    hosts = {"a": old}
+
+    async def scenario() -> None:
+        nonlocal hosts
+        async with keeping(monkeypatch, lambda *arguments: hosts):
+            await is_renewed(old)
+            hosts = {"b": new}
+            await is_renewed(new)
+            before = len(old.keepers)
+            await is_renewed(new)
+            assert len(old.keepers) == before
+
+    asyncio.run(scenario())
+
+
+def test_it_is_numbered_after_the_keepers_before_it_whatever_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = {"a": Host(keeper=10**20), "b": Host(keeper=5)}
+
+    async def scenario() -> None:
+        async with keeping(monkeypatch, lambda *arguments: hosts):
+            await is_renewed(hosts["b"])
+
+    asyncio.run(scenario())
+    assert {keeper for host in hosts.values() for keeper in host.keepers} == {10**20 + 1}

@@ -1,15 +1,17 @@
 """A replica's client and a real host in a process of its own: pages go out and come back, or are honestly missing."""
 
 import hashlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cluster.kv.client import UNLIMITED, Bandwidth, TierClient
+from cluster.kv.client import ANSWER_TIMEOUT_S, UNLIMITED, Bandwidth, TierClient
 from cluster.kv.segment import Segment, tag_of
 from cluster.kv.store import MAX_CREDIT
 from engine.kv.tier import Answer, Load, Loaded, Save, Saved
@@ -205,6 +207,48 @@ def test_a_host_that_stops_answering_costs_a_load_seconds_and_no_more(
     host.send(signal.SIGSTOP)
     assert load(client, keys, first_page=4).num_pages == 0
     assert not client.connected
+
+
+def save_to_a_disk_that_hangs(client: TierClient, folder: Path) -> list[list[bytes]]:
+    """Saves eight times 8 pages, the first of which are on disk then; the very first of all hangs whoever reads it."""
+    chains = [keys_of(8, name) for name in "abcdefgh"]
+    files = [[folder / LAYOUT.hex() / f"{key.hex()}.page" for key in keys] for keys in chains]
+    for keys in chains:
+        assert all(save(client, keys))
+    eventually(lambda: all(file.exists() for file in (*files[0], *files[1])))
+    files[0][0].unlink()
+    os.mkfifo(files[0][0])  # to open it is to wait for somebody who writes
+    return chains
+
+
+def test_a_load_of_which_nothing_is_heard_ends_alone(
+    host: Host, connect: Callable[..., TierClient], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.kv.client.ANSWER_TIMEOUT_S", 1.0)
+    host.start("512KiB", "--disk", str(tmp_path), "--disk-bytes", "4MiB")
+    pages = Pages(8)
+    client = connect(pages)
+    chains = save_to_a_disk_that_hangs(client, tmp_path)
+    assert load(client, chains[0], first_page=8).num_pages == 0
+    assert load(client, chains[-1], first_page=8).num_pages == 8
+    assert np.array_equal(pages.bytes[8:], pages.bytes[:8])
+    assert client.connected and client.stats().failures == 0
+    host.stop(signal.SIGKILL)
+
+
+def test_a_disk_that_hangs_costs_one_load_seconds_and_is_offered_no_more(
+    host: Host, connect: Callable[..., TierClient], tmp_path: Path
+) -> None:
+    host.start("512KiB", "--disk", str(tmp_path), "--disk-bytes", "4MiB")
+    client = connect(Pages(8))
+    chains = save_to_a_disk_that_hangs(client, tmp_path)
+    assert client.may_have(chains[0][0]) and client.may_have(chains[1][0])
+    loaded = load(client, chains[0], first_page=8)
+    assert loaded.num_pages == 0 and loaded.seconds < ANSWER_TIMEOUT_S
+    assert not client.may_have(chains[0][0]) and not client.may_have(chains[1][0])
+    assert load(client, chains[-1], first_page=8).num_pages == 8
+    assert client.connected and client.stats().failures == 0
+    host.stop(signal.SIGKILL)
 
 
 def test_more_pages_than_the_host_holds_leave_the_beginnings_findable(
