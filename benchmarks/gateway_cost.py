@@ -102,7 +102,7 @@ async def one(app: FastAPI, body: bytes, headers: list[tuple[bytes, bytes]]) -> 
 async def measure(num_streams: int, num_tokens: int, n: int, *, kept: bool, resumable: bool) -> tuple[float, float]:
     """Microseconds of CPU a token, of the gateway and of the store."""
     source = resolve_model(BUILT_IN)
-    card = ModelCard(BUILT_IN, str(source), 1_000_000, 1_000_000, (0,), 0)
+    card = ModelCard(BUILT_IN, str(source), 1_000_000, 1_000_000, (0,), 0, "")
     config = GatewayConfig(max_queued_requests=num_streams)
     backend: Backend = Ready(card)
     store = PickledStore(config)

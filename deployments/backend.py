@@ -1,6 +1,7 @@
 """What the HTTP side asks of whatever makes tokens: replicas behind Ray, or a fake in the tests of the API."""
 
 from collections.abc import AsyncGenerator
+from enum import Enum
 from typing import Protocol
 
 from deployments.messages import ModelCard
@@ -15,13 +16,29 @@ class GenerationFailed(Exception):
     """A request that was accepted cannot be finished; the message may be shown to the client."""
 
 
+class ModelGone(GenerationFailed):
+    """The model that a request was written for is served no more: another one is, which cannot go on with it."""
+
+
+class Loss(Enum):
+    """Why a replica does not go on with a request."""
+
+    FAILED = "failed"
+    """It failed while it had the request, which may be why."""
+    GONE = "gone"
+    """It is not there any more, or silent: no request did that."""
+    MOVED = "moved"
+    """It handed the request over; nothing went wrong."""
+    PAUSED = "paused"
+    """It need not wait for a client that does not read."""
+
+
 class ReplicaLost(GenerationFailed):
     """The replica that served a request is gone, or gives it up; another one can go on from what has arrived."""
 
-    def __init__(self, message: str, *, planned: bool = False) -> None:
+    def __init__(self, message: str, loss: Loss = Loss.FAILED) -> None:
         super().__init__(message)
-        self.planned = planned
-        """The replica handed the request over; nothing went wrong."""
+        self.loss = loss
 
 
 class Backend(Protocol):

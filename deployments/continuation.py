@@ -1,7 +1,8 @@
 """Streams that outlive the replicas they run on: an interrupted request goes on elsewhere, from what has arrived.
 
-Owns what has come of each request so far, and the rule for requests that replicas do not survive. Knows neither Ray nor
-text: it stands between whoever reads emissions and a backend whose streams may be lost.
+Owns what has come of each request so far, and how long one may wait; who is suspected of ending replicas is
+`deployments.trials`'s. Knows neither Ray nor text: it stands between whoever reads emissions and a backend whose
+streams may be lost.
 """
 
 import asyncio
@@ -9,18 +10,18 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import replace
 
-from deployments.backend import Backend, GenerationFailed, NotReady, ReplicaLost
+from deployments.backend import Backend, GenerationFailed, Loss, NotReady, ReplicaLost
 from deployments.messages import ModelCard
+from deployments.trials import Court, Suspicion, Trial
 from engine.sequence import Emission, FinishReason, Request
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 0.1
-SUSPECT_LOSSES = 2
-"""Replicas in a row that were lost before a request brought a token there; the next one has it as its only suspect."""
+_REASONS = {Loss.FAILED: "lost", Loss.GONE: "lost", Loss.MOVED: "moved", Loss.PAUSED: "paused"}
 
 
 class Progress:
@@ -61,11 +62,32 @@ class Progress:
         return replace(self._request, given=given, num_scored=self._num_scored)
 
 
+class _Patience:
+    """How long a stream may be without a replica that goes on with it."""
+
+    def __init__(self, timeout_s: float, clock: Callable[[], float]) -> None:
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._since: float | None = None
+
+    def rewarded(self) -> None:
+        """A replica goes on with it."""
+        self._since = None
+
+    def interrupted(self) -> None:
+        """No replica does now. Raises GenerationFailed if that has been so for too long."""
+        now = self._clock()
+        if self._since is None:
+            self._since = now
+        elif now - self._since >= self._timeout_s:
+            raise GenerationFailed(f"no replica went on with the request within {self._timeout_s:.0f} s")
+
+
 class ContinuingBackend:
     """A `Backend` over one whose replicas come and go: its streams end when they are finished or time is up.
 
-    A stream whose replica is lost is sent on at once. Who was lost twice in a row without a token may be what ends
-    replicas: such requests are tried one at a time, and one that takes a third replica with it fails, alone.
+    A stream whose replica is lost is sent on at once, unless it is suspected of ending replicas: see
+    `deployments.trials`. One that is convicted of that fails, alone.
     """
 
     def __init__(
@@ -77,12 +99,12 @@ class ContinuingBackend:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`timeout_s`: how long a stream may wait for a replica that goes on with it. `count` is told of every stream
-        that is interrupted: "lost" or "moved"."""
+        that is interrupted: "lost", "moved" or "paused"."""
         self._backend = backend
         self._timeout_s = timeout_s
         self._count = count
         self._clock = clock
-        self._trial = asyncio.Lock()
+        self._court = Court()
 
     async def card(self) -> ModelCard:
         return await self._backend.card()
@@ -95,23 +117,26 @@ class ContinuingBackend:
 
     async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
         """See `Backend.generate`. Raises NotReady only before anything has come."""
-        progress = Progress(request)
-        losses = 0
-        waiting_since: float | None = None
+        progress, suspicion = Progress(request), Suspicion()
+        patience = _Patience(self._timeout_s, self._clock)
+        was_taken = progress.begun
         while True:
-            brought = 0
+            trial = Trial(self._court, suspicion)
+            brought = False
             try:
-                async with AsyncExitStack() as trial:
-                    if losses >= SUSPECT_LOSSES:
-                        await trial.enter_async_context(self._trial)
+                async with trial:
+                    if suspicion.is_suspect:
+                        await self._begin(trial)
                     async with aclosing(self._backend.generate(progress.rest())) as stream:
                         async for emission in stream:
                             if emission.finish_reason is FinishReason.MOVED:
-                                raise ReplicaLost(emission.error or "", planned=emission.error is None)
+                                raise ReplicaLost(emission.error or "", Loss.FAILED if emission.error else Loss.MOVED)
                             progress.note(emission)
                             if not brought:
-                                await trial.aclose()
-                            brought += 1
+                                brought = True
+                                trial.end()
+                                suspicion.acquit()
+                                patience.rewarded()
                             yield emission
                 if progress.done:
                     return
@@ -119,20 +144,28 @@ class ContinuingBackend:
             except ReplicaLost as lost:
                 if progress.done:
                     return
-                self._count("moved" if lost.planned else "lost")
-                losses = 0 if brought or lost.planned else losses + 1
-                if losses > SUSPECT_LOSSES:
-                    logger.error("Request %s fails: %d replicas in a row were lost with it", request.request_id, losses)
-                    raise GenerationFailed(f"{losses} replicas in a row were lost with this request") from lost
-                waiting_since = None
+                was_taken = True
+                self._count(_REASONS[lost.loss])
+                if not brought:
+                    suspicion.lost(lost.loss, alone=trial.alone)
+                if suspicion.is_convicted:
+                    failures = f"{suspicion.num_failures} replicas in a row failed"
+                    logger.error("Request %s fails: %s with it", request.request_id, failures)
+                    raise GenerationFailed(f"{failures} with this request") from lost
+                patience.interrupted()
                 logger.info("Request %s goes on elsewhere: %s", request.request_id, lost)
+                if lost.loss is Loss.GONE and not brought:
+                    # Routers may disagree for a moment about who is there.
+                    await asyncio.sleep(RETRY_AFTER_S)
             except NotReady:
-                if not progress.begun and losses == 0:
+                if not was_taken:
                     raise
-                now = self._clock()
-                waiting_since = now if waiting_since is None else waiting_since
-                if now - waiting_since >= self._timeout_s:
-                    raise GenerationFailed(
-                        f"no replica went on with the request within {self._timeout_s:.0f} s"
-                    ) from None
+                patience.interrupted()
                 await asyncio.sleep(RETRY_AFTER_S)
+
+    async def _begin(self, trial: Trial) -> None:
+        """Lets a trial's time run. Raises NotReady while no replica is there: suspects that wait for one are not tried,
+        and would all be tried together when it comes."""
+        if not await self._backend.ready():
+            raise NotReady("no replica to try the request on")
+        trial.begin()

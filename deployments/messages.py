@@ -16,10 +16,36 @@ class ModelCard:
     path: str
     """Local directory of the tokenizer and configuration."""
     max_model_len: int
+    """Tokens of one sequence that there is room for; replicas of one model may differ in it."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     created: int
     """Unix seconds."""
+    identity: str
+    """Equal for replicas of which any can go on with what another one began: the same answers, but for rounding."""
+
+    def fits(self, request: Request) -> bool:
+        """Whether a replica of this card can answer a request: the same model, with room for prompt and output.
+
+        A request that names no model is for whichever there is; whether that has room for it, its engine says.
+        """
+        length = len(request.prompt_token_ids) + (request.params.max_tokens or 0)
+        return not request.model or (request.model == self.identity and length <= self.max_model_len)
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Asks one replica, or whichever the router picks, for its card."""
+
+    replica_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """The card of one replica; as the answer to a request: why it is not for this replica."""
+
+    replica_id: str
+    card: ModelCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +59,8 @@ class Submit:
     outstanding: Mapping[str, int] = field(default_factory=dict)
     """Replica id -> tokens outstanding there, as far as this gateway knows: its live ledger, which the router in the
     gateway's process reads and books on. It is not sent to the replica."""
+    unfit: frozenset[str] = frozenset()
+    """Replicas that are known to be unable to serve it."""
 
 
 @dataclass(frozen=True, slots=True)

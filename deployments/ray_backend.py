@@ -2,14 +2,16 @@
 
 Owns what is between a gateway and the replicas: routing books, one link per replica, retries before a request is taken.
 Knows no HTTP and no text. A request whose replica dies fails with ReplicaLost, and so does one whose replica is to go
-as soon as another one is there; `deployments.continuation` goes on with it on another replica, from what has arrived.
+as soon as another one can go on with it; `deployments.continuation` sees to that, from what has arrived.
 """
 
 import asyncio
 import contextvars
 import itertools
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,8 +19,9 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.backend import GenerationFailed, NotReady, ReplicaLost
-from deployments.messages import Abort, Accepted, Attach, Frame, ModelCard, Submit, Unavailable
+from deployments.backend import GenerationFailed, Loss, ModelGone, NotReady, ReplicaLost
+from deployments.cards import Cards
+from deployments.messages import Abort, Accepted, Attach, Describe, Described, Frame, ModelCard, Submit, Unavailable
 from deployments.router import Ledger, ReplicaGone
 from deployments.token_streams import Link, TokenStream
 from engine.errors import InvalidRequest
@@ -34,18 +37,24 @@ but none at all."""
 ATTEMPT_TIMEOUT_S = 5.0
 """How long one replica may take to accept a request: `deployments.intake` answers earlier, whatever its engine does."""
 CARD_TIMEOUT_S = 2.0
+ASK_AGAIN_S = 1.0
+"""Before a replica that did not say what it serves is asked again."""
 ABORT_TIMEOUT_S = 20.0
 TICK_S = 0.5
 SILENT_TICKS = 8
 """A link without a frame for so many ticks of this gateway's own loop is broken: a living replica sends one every
 second. Ticks and not seconds, because a gateway that was busy for a while has not listened either."""
 FAREWELL = "%d requests leave their replica: %s"
+LOOK_S = 0.25
+"""How often it is asked who can go on with the streams of a replica that is to go."""
 MAX_REMEMBERED = 4096
 """Aborted requests whose late tokens are recognised."""
 
+Answer = Accepted | Described | InvalidRequest | Unavailable
+
 
 class _Leaving(Exception):
-    """Serve has taken the replica from its list: it drains."""
+    """Serve has taken the replica from its list: it drains. All its streams have left."""
 
 
 class RayBackend:
@@ -60,6 +69,9 @@ class RayBackend:
         self._card_call = replicas.options(method_name="card")
         self._frames_call = replicas.options(method_name="frames", stream=True)
         self._ledger = Ledger()
+        self._cards = Cards()
+        self._asked: set[str] = set()
+        """Replicas that are being asked for their cards."""
         self._tickets = itertools.count()
         self._streams: dict[str, TokenStream] = {}
         self._links: dict[str, Link] = {}
@@ -67,24 +79,23 @@ class RayBackend:
         """Wire ids of the latest aborts, oldest first: tokens of theirs may still be on the way."""
         self._ended: str | None = None
         """Why no request goes on any more."""
-        self._card: ModelCard | None = None
         self._background: set[asyncio.Task[Any]] = set()
 
     async def card(self) -> ModelCard:
-        """The model that is served; asked once, then remembered. Raises NotReady while no replica has loaded it."""
-        if self._card is None:
-            self._card = await self._ask_card()
-        return self._card
+        """The model that new requests are for; see `Cards.current`. Raises NotReady while no replica has loaded one."""
+        self._look_around()
+        if self._cards.current is None:
+            await self._ask()
+        assert self._cards.current is not None
+        return self._cards.current
 
     async def ready(self) -> bool:
-        """Whether some replica answers now."""
-        try:
-            answer = await self._ask_card()
-        except NotReady:
-            return False
-        # The first answer stays: replicas differ in when they were created.
-        self._card = self._card or answer
-        return True
+        """Whether some replica takes requests now."""
+        for replica_id in (None, *(self._ledger.listed or ())):
+            with suppress(NotReady, ReplicaGone):
+                await self._ask(replica_id)
+                return True
+        return False
 
     async def metrics(self) -> bytes:
         return await self._metrics()
@@ -96,7 +107,7 @@ class RayBackend:
             stream.fail(GenerationFailed(reason))
 
     async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
-        """See `Backend.generate`."""
+        """See `Backend.generate`. Raises ModelGone once all replicas serve another model than the request is for."""
         # Ids of clients may repeat; on the wire every attempt has its own, so that whatever an abandoned attempt still
         # brings belongs to nobody.
         stream = await self._submit(request)
@@ -113,6 +124,9 @@ class RayBackend:
         try:
             async with asyncio.timeout(SUBMIT_TIMEOUT_S):
                 while self._ended is None:
+                    self._look_around()
+                    if self._cards.is_gone(request.model, self._ledger.listed or ()):
+                        raise ModelGone("the model that the request was made for has been replaced by another one")
                     stream = await self._attempt(request, cost)
                     if stream is not None:
                         return stream
@@ -123,7 +137,7 @@ class RayBackend:
         raise GenerationFailed(self._ended)
 
     async def _attempt(self, request: Request, cost: int) -> TokenStream | None:
-        """Sends the request to one replica; None if that one turned out to be gone. Raises InvalidRequest."""
+        """Sends the request to one replica; None if that one cannot take it, or is gone. Raises InvalidRequest."""
         stream = self._open(request)
         try:
             answer = await self._call(self._submit_to_any(stream, request, cost), ATTEMPT_TIMEOUT_S)
@@ -134,16 +148,18 @@ class RayBackend:
             if isinstance(error, RayActorError | TimeoutError):
                 return None
             raise
+        if isinstance(answer, Accepted):
+            return stream
+        self._close(stream)
         match answer:
-            case Accepted():
-                return stream
             case Unavailable(replica_id):
-                self._close(stream)
                 self._ledger.avoid(replica_id)
-                return None
+            case Described(replica_id, card):
+                logger.info("Request %s is not for replica %s: %s", request.request_id, replica_id, card)
+                self._cards.note(replica_id, card)
             case InvalidRequest():
-                self._close(stream)
                 raise answer
+        return None
 
     async def _cost(self, request: Request) -> int:
         """Tokens to run at most: the prompt, what was given elsewhere, and what is still to come."""
@@ -152,11 +168,10 @@ class RayBackend:
             most = max(0, (await self.card()).max_model_len - prompt)
         return prompt + most * len(request.open_samples)
 
-    async def _submit_to_any(
-        self, stream: TokenStream, request: Request, cost: int
-    ) -> Accepted | InvalidRequest | Unavailable:
-        call = Submit(replace(request, request_id=stream.wire_id), self._gateway_id, cost, self._ledger)
-        answer: Accepted | InvalidRequest | Unavailable = await self._submit_call.remote(call)
+    async def _submit_to_any(self, stream: TokenStream, request: Request, cost: int) -> Answer:
+        sent = replace(request, request_id=stream.wire_id)
+        call = Submit(sent, self._gateway_id, cost, self._ledger, self._cards.unfit(request))
+        answer: Answer = await self._submit_call.remote(call)
         if isinstance(answer, Accepted):
             self._accepted(stream, answer.replica_id)
         return answer
@@ -168,24 +183,34 @@ class RayBackend:
             self._abort(stream.wire_id, replica_id)
             return
         self._ledger.assign(stream.wire_id, replica_id)
-        if not stream.finished:
+        if not (stream.finished or stream.broken):
             self._link(replica_id).add(stream)
 
     def _open(self, request: Request) -> TokenStream:
         wire_id = f"{request.request_id}@{self._gateway_id}.{next(self._tickets)}"
-        stream = self._streams[wire_id] = TokenStream(wire_id, len(request.prompt_token_ids), len(request.open_samples))
+        stream = self._streams[wire_id] = TokenStream(wire_id, request)
+        # A router may place the request after it was given up, be it by a client that left or for lack of an answer.
+        self._ledger.expect(wire_id)
         return stream
 
     def _close(self, stream: TokenStream) -> None:
         """Forgets a stream, and aborts its request at the replica if it has not finished there."""
         stream.closed = True
+        self._let_go(stream)
+        if stream.replica_id is not None and not stream.complete and not stream.broken:
+            self._abort(stream.wire_id, stream.replica_id)
+
+    def _give_up(self, stream: TokenStream, reason: str, loss: Loss) -> None:
+        """Ends a stream after what has arrived; what its replica still sends for it belongs to nobody."""
+        self._let_go(stream)
+        stream.fail(ReplicaLost(reason, loss))
+
+    def _let_go(self, stream: TokenStream) -> None:
         self._streams.pop(stream.wire_id, None)
         self._ledger.release(stream.wire_id)
         link = self._links.get(stream.replica_id or "")
         if link is not None:
             link.remove(stream)
-        if stream.replica_id is not None and not stream.complete and not stream.broken:
-            self._abort(stream.wire_id, stream.replica_id)
 
     def _abort(self, wire_id: str, replica_id: str) -> None:
         self._aborted[wire_id] = None
@@ -212,15 +237,16 @@ class RayBackend:
 
     async def _read(self, link: Link) -> None:
         """Follows one replica's frames while requests of ours run there."""
-        failure = "the replica closed the stream"
-        planned = False
+        failure, loss = "the replica closed the stream", Loss.GONE
         try:
             while link.streams:
                 await self._read_stream(link)
         except _Leaving:
-            failure, planned = f"replica {link.replica_id} is to go", True
-        except (ReplicaGone, RayActorError):
+            pass
+        except ReplicaGone:
             failure = f"replica {link.replica_id} is gone"
+        except RayActorError:
+            failure, loss = f"replica {link.replica_id} died", Loss.FAILED
         except TimeoutError:
             failure = f"replica {link.replica_id} sent nothing for {SILENT_TICKS * TICK_S:.0f} s"
         except Exception as error:
@@ -228,31 +254,55 @@ class RayBackend:
         finally:
             del self._links[link.replica_id]
             if link.streams:
-                logger.log(logging.INFO if planned else logging.WARNING, FAREWELL, len(link.streams), failure)
-                self._ledger.forget(link.replica_id)
-                # Serve's router may list it for a while, and without debts it would come first.
-                self._ledger.avoid(link.replica_id)
+                logger.warning(FAREWELL, len(link.streams), failure)
+                self._shun(link.replica_id)
             for stream in tuple(link.streams.values()):
-                stream.fail(ReplicaLost(failure, planned=planned))
+                stream.fail(ReplicaLost(failure, loss))
 
     async def _read_stream(self, link: Link) -> None:
         """Reads until the replica ends the stream, which it does when it has had no request of ours for a while.
 
-        Raises _Leaving once the replica is to go and its streams can go on elsewhere. There is always a next frame to
+        Raises _Leaving once the replica is to go and all its streams go on elsewhere. There is always a next frame to
         look at this after: a replica with requests sends one every second.
         """
         frames = self._frames_call.remote(Attach(self._gateway_id, link.replica_id))
+        look_at = 0.0
         try:
             while True:
                 frame = await _heard(anext(frames, None))
                 if frame is None:
                     return
                 self._demultiplex(frame)
-                if self._ledger.is_leaving(link.replica_id) and (not link.streams or self._ledger.has_place()):
-                    raise _Leaving
+                if self._ledger.is_leaving(link.replica_id):
+                    if time.monotonic() >= look_at:
+                        look_at = time.monotonic() + LOOK_S
+                        self._hand_over(link)
+                    if not link.streams:
+                        raise _Leaving
         except BaseException:
             frames.cancel()
             raise
+
+    def _hand_over(self, link: Link) -> None:
+        """Gives up the streams of a replica that is to go, if another one is known to be able to go on with them.
+
+        The others have the time that the replica has to drain.
+        """
+        self._look_around()
+        streams = tuple(link.streams.values())
+        moving = [stream for stream in streams if self._ledger.has_place(self._cards.fit(stream.request))]
+        if not moving:
+            return
+        reason = f"replica {link.replica_id} is to go"
+        logger.info(FAREWELL, len(moving), reason)
+        self._shun(link.replica_id)
+        for stream in moving:
+            self._give_up(stream, reason, Loss.MOVED)
+
+    def _shun(self, replica_id: str) -> None:
+        self._ledger.forget(replica_id)
+        # Serve's router may list it for a while, and without debts it would come first.
+        self._ledger.avoid(replica_id)
 
     def _demultiplex(self, frame: Frame) -> None:
         link = self._links.get(frame.replica_id)
@@ -264,22 +314,55 @@ class RayBackend:
             self._ledger.spend(stream.wire_id, stream.put(emission))
             if stream.complete and link is not None:
                 link.remove(stream)
+            elif stream.is_behind and not stream.complete:
+                self._pause(stream, frame.replica_id)
         self._ledger.observe(frame.replica_id, frame.stats.num_outstanding_tokens)
+
+    def _pause(self, stream: TokenStream, replica_id: str) -> None:
+        """Stops a request whose client does not read. Should it read on, another attempt goes on from there."""
+        logger.info("Request %s waits for its client", stream.wire_id)
+        self._give_up(stream, "its client does not read", Loss.PAUSED)
+        self._abort(stream.wire_id, replica_id)
 
     def _disown(self, emission: Emission, replica_id: str) -> None:
         """Stops a request that nobody waits for: an attempt that was given up although its replica had taken it."""
         if emission.finish_reason is None and emission.request_id not in self._aborted:
             self._abort(emission.request_id, replica_id)
 
-    async def _ask_card(self) -> ModelCard:
-        async def ask() -> ModelCard:
-            card: ModelCard = await self._card_call.remote()
-            return card
+    def _look_around(self) -> None:
+        """Keeps up with Serve's list of replicas: forgets the cards of those that have left, and asks those that are
+        new, beside whatever else goes on."""
+        listed = self._ledger.listed
+        if listed is None:
+            return
+        self._cards.keep(listed)
+        for replica_id in self._cards.unknown(listed) - self._asked:
+            self._asked.add(replica_id)
+            self._spawn(self._get_to_know(replica_id))
+
+    async def _get_to_know(self, replica_id: str) -> None:
+        try:
+            await self._ask(replica_id)
+        except Exception as error:
+            logger.debug("Replica %s does not say what it serves: %s", replica_id, error)
+            await asyncio.sleep(ASK_AGAIN_S)
+        finally:
+            self._asked.discard(replica_id)
+
+    async def _ask(self, replica_id: str | None = None) -> None:
+        """Has a replica, or whichever answers, say what it serves. Raises NotReady, or ReplicaGone for one by name."""
+
+        async def ask() -> Described | Unavailable:
+            answer: Described | Unavailable = await self._card_call.remote(Describe(replica_id))
+            return answer
 
         try:
-            return await self._call(ask(), CARD_TIMEOUT_S)
+            answer = await self._call(ask(), CARD_TIMEOUT_S)
         except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError) as error:
             raise NotReady("the model is loading") from error
+        if isinstance(answer, Unavailable):
+            raise NotReady(f"replica {answer.replica_id} takes no requests")
+        self._cards.note(answer.replica_id, answer.card)
 
     async def _call(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """Awaits a call that goes on by itself when its caller is cancelled."""

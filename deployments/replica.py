@@ -4,6 +4,7 @@ Owns the life of the engine inside Serve: loading, health, metrics, the end. Kno
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import time
@@ -19,10 +20,11 @@ from deployments.engine_thread import EngineLike, EngineStopped, EngineThread
 from deployments.intake import Intake
 from deployments.links import FrameStreams
 from deployments.logs import configure_logging
-from deployments.messages import Abort, Accepted, Attach, Frame, ModelCard, Submit, Unavailable
+from deployments.messages import Abort, Accepted, Attach, Describe, Described, Frame, ModelCard, Submit, Unavailable
 from deployments.metrics_push import MetricsPusher
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, ModelError
+from engine.models.identity import model_identity
 from engine.sequence import Emission
 from engine.stats import EngineStats
 from monitoring.recorder import Delta, EngineMeter, Recorder
@@ -68,6 +70,17 @@ def load_engine(config: EngineConfig, find_host: FindHost | None) -> ServedEngin
     return build_engine(config, make_tier if find_host is not None and config.kv.offload else None)
 
 
+def identity_of(config: EngineConfig, path: Path | None) -> str:
+    """Equal for replicas of which any can go on with what another one began.
+
+    It tells the files of the model, and what was chosen about its numbers. Not what follows from the machine, like the
+    kernels: those differ by rounding, and a cluster may have several kinds of machines. Raises ModelError.
+    """
+    choices = (config.dtype, config.quantization, config.quantization_group, config.kv.dtype)
+    files = b"" if path is None else model_identity(path)
+    return hashlib.blake2b(files + repr(choices).encode(), digest_size=16).hexdigest()
+
+
 class LLMReplica:
     """Generates tokens for whichever gateways ask.
 
@@ -106,6 +119,7 @@ class LLMReplica:
             vocab_size=engine.vocab_size,
             eos_token_ids=tuple(engine.eos_token_ids),
             created=int(time.time()),
+            identity=await asyncio.to_thread(identity_of, config, engine.model_path),
         )
         self._streams = FrameStreams(self._replica_id, engine.stats(), self._engine.abort)
         self._intake = Intake(self._engine, self._streams)
@@ -124,17 +138,21 @@ class LLMReplica:
         pusher = MetricsPusher(recorder, send)
         self._metrics = self._loop.create_task(pusher.run())
 
-    async def card(self) -> ModelCard:
-        """What the gateways must know about the model."""
-        return self._card
+    async def card(self, call: Describe) -> Described | Unavailable:
+        """What the gateways must know about the model, and whose word it is; not from who takes no requests."""
+        if self._stuck is not None or self._engine.failure is not None:
+            return Unavailable(self._replica_id)
+        return Described(self._replica_id, self._card)
 
-    async def submit(self, call: Submit) -> Accepted | InvalidRequest | Unavailable:
+    async def submit(self, call: Submit) -> Accepted | Described | InvalidRequest | Unavailable:
         """Queues a request; its emissions go to the gateway's frame stream, and wait there if it is not attached yet.
 
         A refusal is returned, not raised: it is an answer, and Serve would log it as a crash with its traceback.
         """
         if self._stuck is not None:
             return Unavailable(self._replica_id)
+        if not self._card.fits(call.request):
+            return Described(self._replica_id, self._card)
         try:
             await self._intake.take(call.gateway_id, call.request)
         except InvalidRequest as error:

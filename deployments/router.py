@@ -6,7 +6,7 @@ Ray: `deployments.router_adapter` fits both to Serve's request router.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -64,6 +64,8 @@ class Ledger(Mapping[str, int]):
         self._clock = clock
         self._lock = threading.Lock()
         self._debts: dict[str, _Debt] = {}
+        self._expected: set[str] = set()
+        """Requests that may be booked: a router may place one long after whoever sent it has given it up."""
         self._own: dict[str, int] = {}
         self._reports: dict[str, _Report] = {}
         self._released: list[_Released] = []
@@ -77,26 +79,40 @@ class Ledger(Mapping[str, int]):
         with self._lock:
             self._listed = frozenset(replica_ids)
 
+    @property
+    def listed(self) -> frozenset[str] | None:
+        """The replicas that Serve sends requests to; None until it has said so."""
+        return self._listed
+
     def is_leaving(self, replica_id: str) -> bool:
         """Whether a replica is on the list no more: it drains, or it is dead."""
         return self._listed is not None and replica_id not in self._listed
 
-    def has_place(self) -> bool:
-        """Whether some replica on the list takes requests, as far as is known."""
+    def has_place(self, fit: Collection[str]) -> bool:
+        """Whether one of these replicas is on the list and takes requests, as far as is known."""
         with self._lock:
             now = self._clock()
-            return any(self._avoided.get(replica, now) <= now for replica in self._listed or ())
+            return any(replica in fit and self._avoided.get(replica, now) <= now for replica in self._listed or ())
 
-    def place(self, request_id: str, cost: int, candidates: Sequence[str]) -> list[str]:
-        """Ranks `candidates` for a request and books its `cost` tokens on the first; a request is booked only once."""
+    def expect(self, request_id: str) -> None:
+        """A request is about to be sent: it may be booked until it is released."""
+        with self._lock:
+            self._expected.add(request_id)
+
+    def place(
+        self, request_id: str, cost: int, candidates: Sequence[str], unfit: Collection[str] = frozenset()
+    ) -> list[str]:
+        """Ranks `candidates` for a request and books its `cost` tokens on the first; a request is booked only once, and
+        only while it is expected. `unfit`: replicas that cannot serve it; they come last, as that is not certain."""
         with self._lock:
             self._settle(request_id)
             loads = {replica: self._load(replica) for replica in candidates}
             now = self._clock()
-            avoided = {replica for replica in candidates if self._avoided.get(replica, now) > now}
-            ranked = choose([replica for replica in candidates if replica not in avoided], loads, request_id)
-            ranked += choose(sorted(avoided), loads, request_id)
-            if ranked:
+            tiers: tuple[list[str], list[str], list[str]] = ([], [], [])
+            for replica in candidates:
+                tiers[2 if replica in unfit else 1 if self._avoided.get(replica, now) > now else 0].append(replica)
+            ranked = [replica for tier in tiers for replica in choose(tier, loads, request_id)]
+            if ranked and request_id in self._expected:
                 self._book(request_id, ranked[0], cost)
             return ranked
 
@@ -123,6 +139,7 @@ class Ledger(Mapping[str, int]):
         What was left of it is not taken for another gateway's work when it turns up in a report that was on its way.
         """
         with self._lock:
+            self._expected.discard(request_id)
             debt = self._debts.get(request_id)
             if debt is not None and debt.tokens:
                 now = self._clock()

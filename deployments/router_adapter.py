@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments.messages import Abort, Attach, Submit
+from deployments.messages import Abort, Attach, Describe, Submit
 from deployments.router import Ledger, ReplicaGone
 
 
 class TokenRequestRouter(RequestRouter):
-    """Ranks replicas for a `Submit`; sends an `Attach` or `Abort` to the replica it names and to no other.
+    """Ranks replicas for a `Submit`; sends any other call to the replica that it names and to no other.
 
     It takes none of Serve's mixins: FIFO hands a chosen replica to whichever call waits longest, which would send
     pinned calls astray. The base class gives each call the replica that was chosen for it.
@@ -40,13 +40,13 @@ class TokenRequestRouter(RequestRouter):
         call = pending_request.args[0] if pending_request is not None and pending_request.args else None
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         match call:
-            case Attach() | Abort():
+            case Attach() | Abort() | Describe(replica_id=str()):
                 assert pending_request is not None
-                return self._pinned(call.replica_id, replicas, pending_request)
+                return self._pinned(str(call.replica_id), replicas, pending_request)
             case Submit(outstanding=Ledger() as ledger):
                 self._ledger = ledger
                 self._tell(candidate_replicas)
-                ranked = ledger.place(call.request.request_id, call.cost, list(replicas))
+                ranked = ledger.place(call.request.request_id, call.cost, list(replicas), call.unfit)
                 return [[replicas[replica_id]] for replica_id in ranked]
             case _:
                 return [candidate_replicas]

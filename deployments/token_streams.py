@@ -7,19 +7,25 @@ import asyncio
 from collections import deque
 
 from deployments.backend import GenerationFailed
-from engine.sequence import Emission
+from engine.sequence import Emission, Request
+
+MAX_BEHIND = 512
+"""Emissions that may wait for their reader, for each sample: several seconds of tokens. A reader so far behind does not
+read, and what waits for it takes memory: up to some kilobytes each, if there are logprobs."""
 
 
 class TokenStream:
     """The emissions of one attempt at a request, between the link that brings them and the client's generator."""
 
-    def __init__(self, wire_id: str, num_prompt_tokens: int, num_samples: int) -> None:
+    def __init__(self, wire_id: str, request: Request) -> None:
         self.wire_id = wire_id
+        self.request = request
         self.replica_id: str | None = None
         self.closed = False
         """Nobody reads this stream any more."""
-        self._unspent = num_prompt_tokens
-        self._open_samples = num_samples
+        self._unspent = len(request.prompt_token_ids)
+        self._open_samples = len(request.open_samples)
+        self._max_waiting = MAX_BEHIND * self._open_samples
         self._waiting: deque[Emission] = deque()
         self._failure: GenerationFailed | None = None
         self._wake = asyncio.Event()
@@ -37,6 +43,11 @@ class TokenStream:
     def finished(self) -> bool:
         """Whether there is nothing more to take."""
         return self.complete and not self._waiting
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more waits for the reader than should."""
+        return len(self._waiting) > self._max_waiting
 
     def put(self, emission: Emission) -> int:
         """Adds what arrived; returns how many tokens of work it shows to be done, the prompt's with the first."""

@@ -35,6 +35,8 @@ class Request:
     They count as its output. Empty: nothing has been brought."""
     num_scored: int = 0
     """Likewise, prompt tokens whose logprobs were reported."""
+    model: str = ""
+    """The identity of the model that it was written for, whose token ids these are; empty: whichever there is."""
 
     @property
     def open_samples(self) -> tuple[int, ...]:

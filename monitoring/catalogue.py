@@ -155,11 +155,11 @@ _METRICS = (
     ),
     Metric(
         "manta:request_continuations_total",
-        "Count of interrupted streams that were sent on to another replica, by why: it was lost, or it drains.",
+        "Count of interruptions of streams, by why: a replica was lost, or drains, or the client did not read.",
         Kind.COUNTER,
         Owner.GATEWAY,
         labels=("reason",),
-        initial=(("lost",), ("moved",)),
+        initial=(("lost",), ("moved",), ("paused",)),
     ),
     Metric(
         "manta:resumed_streams_total",

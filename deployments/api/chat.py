@@ -33,7 +33,7 @@ async def create_chat_completion(service: Service, streams: Streams, http: HttpR
     service.note_unknown_fields(body)
     served = await service.model(body.model)
     prompt = await _prompt(body, served)
-    spec = StreamSpec.draw(KIND, raw, [prompt], body.seed, f"chatcmpl-{request_id_of(http.scope)}")
+    spec = StreamSpec.draw(KIND, raw, [prompt], body.seed, f"chatcmpl-{request_id_of(http.scope)}", served.card)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     check(_request(body, spec), served.card, {"prompt": "messages", "max_tokens": limit})
     if body.stream:
@@ -45,14 +45,15 @@ async def create_chat_completion(service: Service, streams: Streams, http: HttpR
 
 
 async def rewrite_chat(service: Service, record: Record, meter: RequestMeter) -> Answering:
-    """The answer to a conversation that began elsewhere. Raises NotReady, or ApiError if its model is not served."""
+    """The answer to a conversation that began elsewhere. Raises ModelError for a model whose files are gone."""
     body = ChatRequest.model_validate_json(record.spec.body)
-    return _Writer(service, await service.model(body.model), body, record.spec, meter, record)
+    return _Writer(service, await service.with_text(record.spec.card), body, record.spec, meter, record)
 
 
 def _request(body: ChatRequest, spec: StreamSpec) -> Request:
-    params = chat_params(body).model_copy(update={"seed": spec.seeds[0]})
-    return Request(spec.answer_id, tuple(spec.prompts[0]), params, body.priority or 0, body.cache_salt)
+    prompt, card = tuple(spec.prompts[0]), spec.card
+    params = chat_params(body, card.max_model_len - len(prompt)).model_copy(update={"seed": spec.seeds[0]})
+    return Request(spec.answer_id, prompt, params, body.priority or 0, body.cache_salt, model=card.identity)
 
 
 async def _prompt(body: ChatRequest, served: Served) -> list[int]:

@@ -39,7 +39,7 @@ async def create_completion(service: Service, streams: Streams, http: HttpReques
     answer_id = f"cmpl-{request_id_of(http.scope)}"
     for number, request in enumerate(_requests(body, answer_id, prompts, [body.seed] * len(prompts), served.card)):
         check(request, served.card, {"prompt": f"prompt[{number}]"} if len(prompts) > 1 else {})
-    spec = StreamSpec.draw(KIND, raw, prompts, body.seed, answer_id)
+    spec = StreamSpec.draw(KIND, raw, prompts, body.seed, answer_id, served.card)
     if body.stream:
         return streams.respond(http.headers, spec, lambda record: _Writer(service, served, body, spec, meter, record))
     writer = _Writer(service, served, body, spec, meter)
@@ -49,9 +49,9 @@ async def create_completion(service: Service, streams: Streams, http: HttpReques
 
 
 async def rewrite_completion(service: Service, record: Record, meter: RequestMeter) -> Answering:
-    """The continuation of prompts that began elsewhere. Raises NotReady, or ApiError if the model is not served."""
+    """The continuation of prompts that began elsewhere. Raises ModelError for a model whose files are gone."""
     body = CompletionRequest.model_validate_json(record.spec.body)
-    return _Writer(service, await service.model(body.model), body, record.spec, meter, record)
+    return _Writer(service, await service.with_text(record.spec.card), body, record.spec, meter, record)
 
 
 def _requests(
@@ -69,6 +69,7 @@ def _requests(
             params.model_copy(update={"seed": seed}),
             body.priority or 0,
             body.cache_salt,
+            model=card.identity,
         )
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]

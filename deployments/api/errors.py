@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from deployments.backend import GenerationFailed, NotReady
+from deployments.backend import GenerationFailed, ModelGone, NotReady
 from engine.errors import ContextLengthExceeded, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,9 @@ def describe(error: BaseException) -> ApiError | None:
         case NotReady():
             message = str(error) or "the model is not ready to serve"
             return ApiError(503, message, kind="server_error", code="not_ready", headers={"Retry-After": "1"})
+        case ModelGone():
+            # Before the first token another try is for the model that is served now; later on there is no status.
+            return ApiError(503, str(error), kind="server_error", code="model_gone", headers={"Retry-After": "1"})
         case GenerationFailed():
             return ApiError(500, str(error) or "the generation failed", kind="server_error", code="generation_failed")
         case HTTPException():

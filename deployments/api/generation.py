@@ -22,6 +22,8 @@ from engine.sequence import Emission, FinishReason, Request
 
 REPLAYED_AT_ONCE = 64
 """Entries of a log between which other streams of the event loop get their turn."""
+READ_AHEAD = 64
+"""Emissions of several prompts that may wait for the client: as for one prompt, the rest waits at the backend."""
 
 
 class Generation:
@@ -189,17 +191,17 @@ class Generation:
 
 async def _merged(streams: Sequence[tuple[int, AsyncGenerator[Emission]]]) -> AsyncGenerator[tuple[int, Emission]]:
     """Interleaves numbered streams as they come. The first failure ends them all; so does closing this one."""
-    arrived: asyncio.Queue[tuple[int, Emission | BaseException | None]] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Emission | BaseException | None]] = asyncio.Queue(READ_AHEAD)
 
     async def pump(index: int, stream: AsyncGenerator[Emission]) -> None:
         end: BaseException | None = None
         try:
             async with aclosing(stream):
                 async for emission in stream:
-                    arrived.put_nowait((index, emission))
+                    await arrived.put((index, emission))
         except Exception as error:
             end = error
-        arrived.put_nowait((index, end))
+        await arrived.put((index, end))
 
     tasks = [asyncio.create_task(pump(index, stream)) for index, stream in streams]
     try:

@@ -18,10 +18,12 @@ COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions."""
 
 
-def chat_params(body: ChatRequest) -> SamplingParams:
-    """The sampling parameters of a conversation."""
+def chat_params(body: ChatRequest, room: int) -> SamplingParams:
+    """The sampling parameters of a conversation; `room` tokens fit behind its prompt."""
+    # As much as fits is decided here: not every replica may have room for as much.
+    limit = max(1, room) if body.token_limit is None else body.token_limit
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _params(body, body.token_limit, logprobs, body.prompt_logprobs)
+    return _params(body, limit, logprobs, body.prompt_logprobs)
 
 
 def completion_params(body: CompletionRequest, room: int) -> SamplingParams:
@@ -54,7 +56,7 @@ def text_options(body: Generate) -> TextOptions:
     )
 
 
-def _params(body: Generate, limit: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+def _params(body: Generate, limit: int, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
     bias = {int(token_id): value for token_id, value in (body.logit_bias or {}).items()}
     given = {
         "temperature": body.temperature,

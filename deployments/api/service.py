@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 LONG_TEXT = 8_000
 """Characters from which on tokenizing takes milliseconds, and moves off the event loop."""
+MAX_TEXTS = 4
+"""Models whose tokenizers are held: the one that is served, and those whose streams came here during an update."""
 MAX_UNKNOWN_FIELDS = 100
 """Names of unknown fields that are logged, each once, in the life of a gateway."""
 
@@ -48,29 +50,33 @@ class Service:
         load_text: Callable[[str], TextModel],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`load_text` reads the text side of a model directory; it runs in a thread, once per directory."""
+        """`load_text` reads the text side of a model directory; it runs in a thread, once per model."""
         self.backend = backend
         self.config = config
         self._recorder = recorder
         self._load_text = load_text
         self._clock = clock
-        self._served: Served | None = None
+        self._texts: dict[tuple[str, str], TextModel] = {}
+        """By identity and directory; the latest used last."""
         self._loading = asyncio.Lock()
         self._num_live = 0
         self._unknown_fields: set[str] = set()
 
     async def served(self) -> Served:
         """The model, its tokenizer loaded. Raises NotReady while no replica serves it, ModelError for bad files."""
-        card = await self.backend.card()
-        served = self._served
-        if served is not None and served.card == card:
-            return served
-        async with self._loading:
-            served = self._served
-            if served is None or served.card.path != card.path:
-                served = Served(card, await asyncio.to_thread(self._load_text, card.path))
-            self._served = Served(card, served.text)
-            return self._served
+        return await self.with_text(await self.backend.card())
+
+    async def with_text(self, card: ModelCard) -> Served:
+        """A model of that card, maybe an earlier one, its tokenizer loaded. Raises ModelError for bad files."""
+        key = card.identity, card.path
+        if key not in self._texts:
+            async with self._loading:
+                if key not in self._texts:
+                    self._texts[key] = await asyncio.to_thread(self._load_text, card.path)
+        text = self._texts[key] = self._texts.pop(key)
+        while len(self._texts) > MAX_TEXTS:
+            del self._texts[next(iter(self._texts))]
+        return Served(card, text)
 
     async def model(self, name: str) -> Served:
         """The model of that name. Raises ApiError 404 for another one."""
@@ -93,7 +99,7 @@ class Service:
         return True
 
     def room(self) -> int:
-        """Requests that would be taken now."""
+        """Requests that would be taken now; none if this is not positive."""
         return self.config.max_queued_requests - self._num_live
 
     @contextmanager
@@ -107,6 +113,15 @@ class Service:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
+        with self.counted():
+            yield
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts a request while it lasts, even where there is no room: it was admitted when it began, maybe elsewhere.
+
+        There are no more of those than streams are kept.
+        """
         self._num_live += 1
         try:
             yield

@@ -31,7 +31,7 @@ from monitoring.recorder import Recorder
 RESUMABLE_HEADER = "X-Manta-Resumable"
 STREAM_ID_HEADER = "X-Manta-Stream-Id"
 RETRY_S = 0.5
-"""How often a stream that has come here looks for its model."""
+"""How often a stream that has come here before its first token looks for a replica."""
 _ID_BYTES = 16
 """Nobody guesses 128 bits: who knows a stream's id was told it."""
 _ID = re.compile(r"[A-Za-z0-9_-]{22}")
@@ -123,14 +123,12 @@ class Streams:
 
     def _go_on(self, record: Record, *, expected: bool) -> LiveStream:
         async def rewrite() -> Answering:
-            while True:
-                try:
-                    return await self._rewrites[record.spec.kind](self._service, record, self._service.meter())
-                except NotReady:
-                    # Whatever ended the stream's gateway may have ended the model's replicas too.
-                    await asyncio.sleep(RETRY_S)
+            # What has not begun would be refused: whatever ended its gateway may have ended the replicas too.
+            while not (len(record.log) or await self._service.backend.ready()):
+                await asyncio.sleep(RETRY_S)
+            return await self._rewrites[record.spec.kind](self._service, record, self._service.meter())
 
-        return self._launch(record, rewrite, expected=expected)
+        return self._launch(record, rewrite, expected=expected, again=True)
 
     async def _again(self, kept: Kept, after: int) -> Response:
         """A complete answer from its log, without its first events."""
@@ -151,8 +149,11 @@ class Streams:
             self._recorder.increment("manta:adopted_streams_total")
             self._go_on(_record_of(kept, attended=False), expected=False)
 
-    def _launch(self, record: Record, begin: Callable[[], Awaitable[Answering]], *, expected: bool) -> LiveStream:
-        """Writes a stream's events from now on, read or not. `expected`: a client is about to read it."""
+    def _launch(
+        self, record: Record, begin: Callable[[], Awaitable[Answering]], *, expected: bool, again: bool = False
+    ) -> LiveStream:
+        """Writes a stream's events from now on, read or not. `expected`: a client is about to read it. `again`: it was
+        admitted before."""
 
         def attended(is_attended: bool) -> None:
             record.attended = is_attended
@@ -161,7 +162,7 @@ class Streams:
             if self._live.get(record.stream_id) is live:
                 del self._live[record.stream_id]
 
-        events = self._written(record, begin, keep=True)
+        events = self._written(record, begin, keep=True, again=again)
         live = LiveStream(events, grace_s=self._grace_s, expected=expected, attended=attended, ended=ended)
         self._live[record.stream_id] = live
         record.on_taken = live.take_away
@@ -182,17 +183,19 @@ class Streams:
                 yield event
 
     async def _written(
-        self, record: Record, begin: Callable[[], Awaitable[Answering]], *, keep: bool
+        self, record: Record, begin: Callable[[], Awaitable[Answering]], *, keep: bool, again: bool = False
     ) -> AsyncGenerator[bytes]:
         """A stream's events as they are written, and the record of it.
 
         `keep`: also once it is complete; then the first event comes when the store knows the stream and no earlier.
         Others do not wait: most of their clients never come back, and all of them want their first token soon.
+
+        `again`: it has been admitted before, here or at a gateway that may be gone. To refuse it now would destroy it.
         """
         assert self._keeper is not None
         complete = False
-        try:
-            with self._service.admitted():
+        with self._service.counted() if again else self._service.admitted():
+            try:
                 self._keeper.add(record, urgent=keep)
                 answer = await begin()
                 async with aclosing(answer.events()) as events:
@@ -201,11 +204,15 @@ class Streams:
                             await self._keeper.opened(record)
                         yield event
                 complete = True
-        finally:
-            if complete and keep:
-                self._keeper.finish(record)
-            else:
-                self._keeper.drop(record)
+            except NotReady:
+                if again:
+                    self._keeper.leave(record)
+                raise
+            finally:
+                if complete and keep:
+                    self._keeper.finish(record)
+                else:
+                    self._keeper.drop(record)
 
     async def _from(self, answer: Answering, after: int) -> AsyncGenerator[bytes]:
         """The events after number `after`."""

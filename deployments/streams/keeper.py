@@ -137,6 +137,10 @@ class StreamKeeper:
         if self._forget(record) and record.announced:
             self._closed.append(record.stream_id)
 
+    def leave(self, record: Record) -> None:
+        """This gateway cannot go on with the stream now; one that can gets it when the lease has ended."""
+        self._forget(record)
+
     async def opened(self, record: Record) -> None:
         """Returns once the store knows the stream, so that no event can come back as one of an unknown stream.
 

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deployments.messages import ModelCard
 from deployments.streams.token_log import LogPart
 
 _SPEC_BYTES = 1000
@@ -26,14 +27,23 @@ class StreamSpec:
     answer_id: str
     created: int
     """Unix seconds."""
+    card: ModelCard
+    """Of the model that it is written for, as it was when the request came: its tokenizer, and how long it may get."""
 
     @classmethod
     def draw(
-        cls, kind: str, body: bytes, prompts: Sequence[Sequence[int]], seed: int | None, answer_id: str
+        cls,
+        kind: str,
+        body: bytes,
+        prompts: Sequence[Sequence[int]],
+        seed: int | None,
+        answer_id: str,
+        card: ModelCard,
     ) -> "StreamSpec":
         """A new request's. Without a seed of the client's every prompt gets one of its own."""
         seeds = tuple(secrets.randbits(63) if seed is None else seed for _ in prompts)
-        return cls(kind, body, tuple(array("I", prompt) for prompt in prompts), seeds, answer_id, int(time.time()))
+        packed = tuple(array("I", prompt) for prompt in prompts)
+        return cls(kind, body, packed, seeds, answer_id, int(time.time()), card)
 
     @property
     def num_bytes(self) -> int:

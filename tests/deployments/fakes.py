@@ -20,13 +20,15 @@ CRASH_PROMPT = (1, 1, 1)
 
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+OFFSET_FILE = "offset.json"
+"""In a model's directory: how far its letters are from those of a model without it."""
 FIRST_LETTER = 100
 """Token id of "a" in the fake's vocabulary, and of the first token that the fake may generate."""
 
 
-def token_at(request: Request, sample: int, index: int) -> int:
-    """The token that the fake generates: a letter that depends on prompt, sample and position."""
-    return FIRST_LETTER + (sum(request.prompt_token_ids) + 5 * sample + 7 * index) % len(ALPHABET)
+def token_at(request: Request, sample: int, index: int, offset: int = 0) -> int:
+    """The token that the fake generates: a letter that depends on prompt, sample and position, and on its model."""
+    return FIRST_LETTER + (sum(request.prompt_token_ids) + 5 * sample + 7 * index + offset) % len(ALPHABET)
 
 
 class FakeEngine:
@@ -36,9 +38,10 @@ class FakeEngine:
     vocab_size = 257
     eos_token_ids = (0,)
 
-    def __init__(self, step_s: float = STEP_S, model_path: Path = Path("/nowhere")) -> None:
+    def __init__(self, step_s: float = STEP_S, model_path: Path = Path("/nowhere"), offset: int = 0) -> None:
         self._step_s = step_s
         self.model_path = model_path
+        self._offset = offset
         self._requests: dict[str, Request] = {}
         self._produced: dict[str, dict[int, int]] = {}
         """Request id -> open sample -> tokens so far."""
@@ -78,7 +81,7 @@ class FakeEngine:
                     Emission(
                         request.request_id,
                         sample,
-                        (token_at(request, sample, index),),
+                        (token_at(request, sample, index, self._offset),),
                         finish_reason=FinishReason.LENGTH if last else None,
                     )
                 )
@@ -111,7 +114,9 @@ class FakeEngine:
 
 def build_fake_engine(config: EngineConfig, find_host: object = None) -> FakeEngine:
     """An engine factory for `deployments.app.assemble`."""
-    return FakeEngine(model_path=Path(config.model))
+    path = Path(config.model)
+    offset = path / OFFSET_FILE
+    return FakeEngine(model_path=path, offset=int(offset.read_text()) if offset.exists() else 0)
 
 
 def write_fake_model(directory: Path) -> None:

@@ -1,15 +1,18 @@
 """Streams over a backend whose replicas are lost at chosen moments."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deployments import continuation
-from deployments.backend import GenerationFailed, NotReady, ReplicaLost
+from deployments import continuation, trials
+from deployments.backend import GenerationFailed, Loss, NotReady, ReplicaLost
 from deployments.continuation import ContinuingBackend, Progress
 from deployments.messages import ModelCard
 from engine.batch import TokenLogprob
@@ -136,51 +139,160 @@ def test_a_stream_that_was_complete_when_its_replica_went_is_complete() -> None:
     assert asyncio.run(tokens_of(ContinuingBackend(Late(), timeout_s=1), request)) == wanted(request)
 
 
-def test_three_losses_in_a_row_without_a_token_fail_the_request() -> None:
-    replicas = Replicas([(0, lost()), (0, lost()), (0, lost())])
-    with pytest.raises(GenerationFailed, match="3 replicas in a row were lost with this request"):
+def test_a_request_that_ends_every_replica_fails_after_five_of_them() -> None:
+    replicas = Replicas([(0, lost())] * 9)
+    with pytest.raises(GenerationFailed, match="5 replicas in a row failed with this request"):
         asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=1), make_request()))
-    assert len(replicas.attempts) == 3
+    assert len(replicas.attempts) == 5
 
 
-def test_a_token_between_losses_or_a_planned_move_clears_the_record() -> None:
+def test_a_token_between_failures_or_a_planned_move_clears_the_record() -> None:
     moved = FinishReason.MOVED
     request = make_request(max_tokens=9)
-    for faults in ([(0, lost()), (0, lost()), (1, lost())] * 3, [(0, lost()), (0, lost()), (0, moved)] * 3):
-        backend = ContinuingBackend(Replicas(list(faults)), timeout_s=1)
-        assert asyncio.run(tokens_of(backend, request)) == wanted(request)
+    for last in ((1, lost()), (0, moved)):
+        replicas = Replicas([*[(0, lost())] * 4, last] * 3)
+        assert asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=1), request)) == wanted(request)
 
 
-def test_suspects_are_tried_one_at_a_time() -> None:
-    """Two innocents and a culprit are lost together, twice; then only the culprit takes a replica with it."""
-    running: set[str] = set()
-    together: list[set[str]] = []
-    losses = {"a": 2, "b": 2, "culprit": 99}
+def test_replicas_that_are_gone_or_silent_are_no_evidence_against_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuation, "RETRY_AFTER_S", 0.0)
+    request = make_request()
+    replicas = Replicas([(0, ReplicaLost("it was scaled away", Loss.GONE))] * 20)
+    assert asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=1), request)) == wanted(request)
 
-    class Shared(Replicas):
+
+def test_nor_may_they_go_on_for_ever() -> None:
+    now = iter(range(0, 1000, 7))
+    replicas = Replicas([(0, ReplicaLost("silent", Loss.GONE))] * 99)
+    backend = ContinuingBackend(replicas, timeout_s=20, clock=lambda: float(next(now)))
+    with pytest.raises(GenerationFailed, match="no replica went on with the request within 20 s"):
+        asyncio.run(tokens_of(backend, make_request()))
+    assert len(replicas.attempts) == 4
+
+
+def test_every_interruption_is_counted_by_its_reason() -> None:
+    counted: list[str] = []
+    losses = [(1, ReplicaLost("", loss)) for loss in Loss]
+    backend = ContinuingBackend(Replicas([*losses, (1, FinishReason.MOVED)]), timeout_s=1, count=counted.append)
+    asyncio.run(tokens_of(backend, make_request(max_tokens=9)))
+    assert counted == ["lost", "lost", "moved", "paused", "moved"]
+
+
+class Shared(Replicas):
+    """One replica at a time: a request that is poison ends it, and everybody there is lost."""
+
+    def __init__(self, poison: str, brings_after_s: dict[str, float], ends_after_s: float = 0.01) -> None:
+        super().__init__()
+        self.failures: list[set[str]] = []
+        """Who was there when it failed and had not had a token, each time."""
+        self._poison = poison
+        self._brings_after_s = brings_after_s
+        self._ends_after_s = ends_after_s
+        self._waiting: set[str] = set()
+        self._failed = asyncio.Event()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+        name, failed = request.request_id, self._failed
+        self._waiting.add(name)
+        try:
+            if name == self._poison:
+                await asyncio.sleep(self._ends_after_s)
+                if failed is self._failed:
+                    self.failures.append(set(self._waiting))
+                    self._failed = asyncio.Event()
+                    failed.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(failed.wait(), self._brings_after_s[name])
+                raise lost()
+        finally:
+            self._waiting.discard(name)
+        async for emission in super().generate(request):
+            yield emission
+
+
+def run_together(replicas: Replicas, names: Iterable[str]) -> dict[str, object]:
+    """What becomes of these requests."""
+
+    async def scenario() -> dict[str, object]:
+        backend = ContinuingBackend(replicas, timeout_s=60)
+        requests = [Request(name, (1, 2, 3), SamplingParams(max_tokens=6)) for name in names]
+        answers = await asyncio.gather(*(tokens_of(backend, each) for each in requests), return_exceptions=True)
+        return dict(zip(names, answers, strict=True))
+
+    return asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_suspects_are_tried_one_at_a_time_and_only_the_culprit_fails() -> None:
+    innocent = {"a": 0.05, "b": 0.05, "c": 0.05}
+    replicas = Shared("poison", {**innocent, "poison": 60.0})
+    names = [*innocent, "poison"]
+    answers = run_together(replicas, names)
+    assert all(answers[name] == wanted(make_request()) for name in innocent)
+    assert isinstance(answers["poison"], GenerationFailed)
+    assert replicas.failures == [set(names)] * 2 + [{"poison"}] * 3
+
+
+def test_a_long_prompt_holds_no_other_suspect_up_and_is_not_taken_for_the_culprit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The culprit needs longer than a trial to end its replica, and the innocent longer still for its first token."""
+    monkeypatch.setattr(trials, "TRIAL_S", 0.05)
+    replicas = Shared("poison", {"long": 0.5, "poison": 60.0}, ends_after_s=0.15)
+    answers = run_together(replicas, ("long", "poison"))
+    assert answers["long"] == wanted(make_request())
+    assert isinstance(answers["poison"], GenerationFailed)
+    assert len(replicas.failures) < 20
+
+
+def test_a_trial_ends_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "TRIAL_S", 0.02)
+
+    losses: Counter[str] = Counter()
+
+    class Slow(Replicas):
         async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
-            running.add(request.request_id)
-            try:
+            losses[request.request_id] += 1
+            if losses[request.request_id] <= trials.SUSPECTED_AFTER:
+                raise lost()
+            await asyncio.sleep(0.5)
+            async for emission in super().generate(request):
+                yield emission
+
+    names = [f"r{number}" for number in range(8)]
+    began = time.monotonic()
+    answers = run_together(Slow(), names)
+    assert all(answer == wanted(make_request()) for answer in answers.values())
+    assert time.monotonic() - began < 2.5, "they waited for each other"
+
+
+def test_suspects_do_not_gather_while_there_is_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of them would be tried together once it is there, and who is to blame would be left to luck."""
+    monkeypatch.setattr(trials, "TRIAL_S", 0.1)
+    monkeypatch.setattr(continuation, "RETRY_AFTER_S", 0.01)
+
+    class Restarting(Shared):
+        """After each failure there is none for longer than a trial."""
+
+        back_at = 0.0
+
+        async def ready(self) -> bool:
+            return time.monotonic() >= self.back_at
+
+        async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+            while not await self.ready():
                 await asyncio.sleep(0.01)
-                if losses[request.request_id]:
-                    losses[request.request_id] -= 1
-                    if losses["culprit"] < 97:
-                        together.append(set(running))
-                    raise lost()
+            try:
                 async for emission in super().generate(request):
                     yield emission
-            finally:
-                running.discard(request.request_id)
+            except ReplicaLost:
+                self.back_at = time.monotonic() + 0.5
+                raise
 
-    async def scenario() -> list[object]:
-        backend = ContinuingBackend(Shared(), timeout_s=1)
-        requests = [Request(name, (1, 2, 3), SamplingParams(max_tokens=500)) for name in losses]
-        return await asyncio.gather(*(tokens_of(backend, each) for each in requests), return_exceptions=True)
-
-    first, second, culprit = asyncio.run(scenario())
-    assert first == second == wanted(make_request(max_tokens=500))
-    assert isinstance(culprit, GenerationFailed)
-    assert all("culprit" in group for group in together)
+    innocent = {"a": 0.02, "b": 0.02, "c": 0.02}
+    replicas = Restarting("poison", {**innocent, "poison": 60.0})
+    answers = run_together(replicas, [*innocent, "poison"])
+    assert all(answers[name] == wanted(make_request()) for name in innocent)
+    assert replicas.failures[2:] == [{"poison"}] * 3
 
 
 def test_without_a_replica_it_waits_and_goes_on_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

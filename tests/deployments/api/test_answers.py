@@ -2,12 +2,17 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from deployments.backend import GenerationFailed
+from deployments.backend import GenerationFailed, ModelGone
+from deployments.config import GatewayConfig
+from deployments.gateway_app import build_http
+from deployments.text import TextModel
+from tests.deployments.api.tiny import MAX_MODEL_LEN
 
 pytestmark = pytest.mark.anyio
 
@@ -172,7 +177,8 @@ async def test_defaults_are_openais(client, backend):
     await post(client, CHAT, chat())
     await post(client, COMPLETIONS, completion())
     chat_params, completion_params = (request.params for request in backend.requests)
-    assert (chat_params.max_tokens, chat_params.temperature, chat_params.logprobs) == (None, 1.0, None)
+    room = MAX_MODEL_LEN - len(backend.requests[0].prompt_token_ids)
+    assert (chat_params.max_tokens, chat_params.temperature, chat_params.logprobs) == (room, 1.0, None)
     assert completion_params.max_tokens == 16
 
 
@@ -302,3 +308,31 @@ async def test_the_api_documents_its_bodies(client):
     name = body["$ref"].removeprefix("#/components/schemas/")
     properties = document["components"]["schemas"][name]["properties"]
     assert {"messages", "temperature", "stream"} <= set(properties)
+
+
+async def test_a_model_whose_files_were_replaced_is_read_again(backend, recorder, text):
+    loaded: list[str] = []
+
+    def load(path: str) -> TextModel:
+        loaded.append(path)
+        return text
+
+    app = build_http(backend, GatewayConfig(), recorder, version="1", load_text=load)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://manta") as client:
+        await post(client, CHAT, chat())
+        backend.model = replace(backend.model, max_model_len=200)
+        await post(client, COMPLETIONS, completion())
+        assert loaded == ["/models/tiny"]
+        backend.model = replace(backend.model, identity="tiny-2")
+        await post(client, CHAT, chat())
+        assert loaded == ["/models/tiny"] * 2
+    assert [request.model for request in backend.requests] == ["tiny-1", "tiny-1", "tiny-2"]
+    assert backend.requests[-1].params.max_tokens == 200 - len(backend.requests[-1].prompt_token_ids)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_request_for_a_model_that_was_just_replaced_is_told_to_come_back(client, backend, stream):
+    backend.script.fail_after, backend.script.error = 0, ModelGone("the model has been replaced")
+    response = await client.post(CHAT, json=chat(stream=stream))
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["code"] == "model_gone"

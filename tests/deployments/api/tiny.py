@@ -42,10 +42,11 @@ def text_model(template: str | None = TEMPLATE) -> TextModel:
     return TextModel(byte_level_tokenizer(), compiled)
 
 
-def card(max_model_len: int = MAX_MODEL_LEN) -> ModelCard:
+def card(max_model_len: int = MAX_MODEL_LEN, identity: str = "tiny-1") -> ModelCard:
     tokenizer = byte_level_tokenizer()
     size = tokenizer.get_vocab_size()
-    return ModelCard(MODEL, "/models/tiny", max_model_len, size, (tokenizer.token_to_id("<|im_end|>"),), 1_700_000_000)
+    eos = tokenizer.token_to_id("<|im_end|>")
+    return ModelCard(MODEL, "/models/tiny", max_model_len, size, (eos,), 1_700_000_000, identity)
 
 
 @dataclass(slots=True)

@@ -54,10 +54,10 @@ class Application:
         while self._clients:
             await self._clients.pop().close()
 
-    def expected(self, prompt: str, max_tokens: int, sample: int = 0) -> str:
-        """The text that the fake engine generates for a prompt."""
+    def expected(self, prompt: str, max_tokens: int, sample: int = 0, offset: int = 0) -> str:
+        """The text that the fake engine generates for a prompt, with a model of that offset."""
         request = Request("", tuple(self._text.encode(prompt)), SamplingParams())
-        return self._text.decode([token_at(request, sample, index) for index in range(max_tokens)])
+        return self._text.decode([token_at(request, sample, index, offset) for index in range(max_tokens)])
 
     def replicas(self) -> list[int]:
         """Process ids of the model's replicas."""

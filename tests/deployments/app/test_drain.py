@@ -2,10 +2,12 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import openai
 
 from tests.deployments.app.application import Application, scenario, stream_text
+from tests.deployments.fakes import OFFSET_FILE, write_fake_model
 
 LONG = 3000
 """Tokens of a stream that lasts longer than a replica may take to drain: at 5 ms each, 15 s."""
@@ -96,3 +98,36 @@ async def test_the_only_replica_is_replaced_in_bounded_time_and_its_streams_go_o
     assert not any(answer.done() for answer in answers.values())
     await deployed
     await finish(application, answers, LONG)
+
+
+@scenario
+async def test_every_answer_is_one_models_when_the_model_is_replaced_by_another(application: Application) -> None:
+    other, offset, length = Path(application.model) / "other", 5, 1500
+    other.mkdir()
+    write_fake_model(other)
+    (other / OFFSET_FILE).write_text(str(offset))
+    answers = await begin(application, 8, length)
+    whole = {application.expected("hello", 5): "old", application.expected("hello", 5, offset=offset): "new"}
+    served: list[str] = []
+    refused: list[int | None] = []
+    over = asyncio.Event()
+
+    async def keep_asking() -> None:
+        client = application.client()
+        while not over.is_set():
+            try:
+                answer = await client.completions.create(model="fake", prompt="hello", max_tokens=5)
+                served.append(whole[answer.choices[0].text])
+            except openai.APIStatusError as error:
+                refused.append(error.status_code)
+            await asyncio.sleep(0.05)
+
+    asking = asyncio.ensure_future(keep_asking())
+    await asyncio.to_thread(application.deploy, args={"engine": {"model": str(other)}})
+    await finish(application, answers, length)
+    await application.until(lambda: "new" in served[-1:], 40.0)
+    over.set()
+    await asking
+    assert "old" in served
+    assert set(refused) <= {503} and len(refused) < 20, "who comes while the model changes is told to come back"
+    await asyncio.to_thread(application.deploy, args={"engine": {"model": application.model}})

@@ -12,6 +12,7 @@ from deployments.gateway_app import build_http
 from deployments.streams.keeper import StreamKeeper
 from deployments.streams.messages import Answer, Kept, Report
 from deployments.streams.table import StreamTable
+from deployments.text import TextModel
 from monitoring.recorder import Recorder
 from tests.deployments.api.tiny import FakeBackend, Script, card, text_model
 
@@ -137,6 +138,12 @@ class Gateways:
         self.recorders: list[Recorder] = []
         self.keepers: list[StreamKeeper] = []
         self.apps: list[FastAPI] = []
+        self.loaded: list[str] = []
+        """Directories whose tokenizer a gateway has read."""
+
+    def _load_text(self, path: str) -> TextModel:
+        self.loaded.append(path)
+        return self.text
 
     def new_table(self) -> StreamTable:
         config = self.config.streams
@@ -152,7 +159,7 @@ class Gateways:
         """One more gateway, running; its number."""
         keeper = StreamKeeper(f"gateway-{len(self.apps)}", self.store)
         recorder = Recorder()
-        load_text = {"load_text": lambda path: self.text}
+        load_text = {"load_text": self._load_text}
         app = build_http(self.backend, self.config, recorder, "1", keeper=keeper, **load_text)
         await app.router.lifespan_context(app).__aenter__()
         self.apps.append(app)

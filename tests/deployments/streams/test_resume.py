@@ -3,11 +3,14 @@
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from deployments.backend import GenerationFailed
+from deployments.api import streams
+from deployments.api.generation import READ_AHEAD
+from deployments.backend import GenerationFailed, NotReady
 from deployments.streams import keeper, messages
 from tests.deployments.api.tiny import Script, text_model
 from tests.deployments.streams.gateways import CHAT, COMPLETIONS, Connection, Gateways
@@ -362,3 +365,101 @@ async def test_a_gateway_that_is_full_refuses_streams_that_may_be_left_and_takes
     await reading.leave()
     await asyncio.sleep(0.1)
     assert gateways.counted("manta:adopted_streams_total") == 1
+
+
+@pytest.mark.parametrize("gateway", [0, 1])
+async def test_a_stream_goes_on_at_a_gateway_that_is_full_as_it_was_admitted_before(gateway: int) -> None:
+    answers = ("one two three four five " * 4,)
+    gateways = Gateways(Script(text_model(), answers, delay=0.005), max_queued_requests=1)
+    for _ in range(2):
+        await gateways.add()
+    whole = await ask(gateways, 0).read()
+    client, other = ask(gateways, 0), ask(gateways, 1)
+    first = await client.read(3)
+    await other.read(1)
+    await kept(gateways, client)
+    # Its old connection is open, as far as anybody knows.
+    back = come_back(gateways, gateway, first[-1])
+    rest = await back.read()
+    assert back.status == 200
+    assert data_of(first + rest) == data_of(whole)
+    refused = ask(gateways, 1)
+    await refused.read()
+    assert refused.status == 429
+    assert (await other.read())[-1].endswith("data: [DONE]\n\n")
+
+
+async def test_a_stream_that_a_gateway_cannot_go_on_with_now_is_not_lost(gateways: Gateways) -> None:
+    script = gateways.backend.script
+    script.answers, script.delay = ("one two three four five " * 8,), 0.01
+    whole = await ask(gateways, 0).read()
+    client = ask(gateways, 0)
+    first = await client.read(3)
+    await kept(gateways, client)
+    gateways.stop(0)
+    await client.leave()
+    script.fail_after, script.error = 0, NotReady("the server is stopping")
+    refused = await come_back(gateways, 1, first[-1]).read()
+    assert "the server is stopping" in refused[-1]
+    reported = len(gateways.store.reports)
+    await until(lambda: len(gateways.store.reports) > reported + 1)
+    script.fail_after = None
+    rest = await come_back(gateways, 1, first[-1]).read()
+    assert data_of(first + rest) == data_of(whole)
+
+
+async def test_a_stream_goes_on_as_what_it_began_as_after_the_model_was_replaced(gateways: Gateways) -> None:
+    whole = await ask(gateways, 0).read()
+    dying = await gateways.add()
+    client = ask(gateways, dying)
+    first = await client.read(3)
+    await kept(gateways, client)
+    gateways.stop(dying)
+    await client.leave()
+    before = gateways.backend.requests[-1]
+    changes = {"name": "other", "path": "/models/other", "identity": "tiny-2", "max_model_len": 100}
+    gateways.backend.model = replace(gateways.backend.model, **changes)
+    fresh = await gateways.add()
+    rest = await come_back(gateways, fresh, first[-1]).read()
+    assert data_of(first + rest) == data_of(whole)
+    after = gateways.backend.requests[-1]
+    assert (after.model, after.params) == (before.model, before.params)
+    assert after.model == "tiny-1"
+    assert set(gateways.loaded) == {"/models/tiny"}, "it was written with another tokenizer"
+
+
+async def test_a_stream_that_had_not_begun_waits_for_a_replica_at_its_new_gateway(
+    gateways: Gateways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "RETRY_S", 0.01)
+    whole = await ask(gateways, 0).read()
+    await until(lambda: len(gateways.store.table) == 0)
+    gateways.backend.script.delay = 5.0
+    dying = await gateways.add()
+    client = ask(gateways, dying)
+    await until(lambda: len(gateways.store.table) == 1)
+    gateways.stop(dying)
+    await client.leave()
+    asked = len(gateways.backend.requests)
+    gateways.backend.is_ready, gateways.backend.script.delay = False, 0.002
+    gateways.lapse()
+    await until(lambda: gateways.counted("manta:adopted_streams_total"))
+    await asyncio.sleep(0.05)
+    assert len(gateways.backend.requests) == asked
+    gateways.backend.is_ready = True
+    (stream_id,) = gateways.store.table._rows
+    await until(lambda: gateways.store.is_complete(stream_id))
+    rest = await gateways.connect(1, f"/v1/streams/{stream_id}").read()
+    assert data_of(rest) == data_of(whole)
+
+
+async def test_what_is_generated_for_several_prompts_waits_for_a_client_that_does_not_read(gateways: Gateways) -> None:
+    gateways.backend.script.answers = ("one two three four five " * 8,)
+    gateways.backend.script.delay = 0.0
+    client = ask(gateways, 0, COMPLETIONS, prompt=["a", "bc"], n=4, max_tokens=200)
+    await client.read(1)
+    for _ in range(3000):
+        await asyncio.sleep(0)
+    assert gateways.backend.emitted < 2 * READ_AHEAD
+    assert (await client.read())[-1].endswith("data: [DONE]\n\n")
+    assert gateways.backend.emitted > 4 * READ_AHEAD

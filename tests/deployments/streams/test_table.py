@@ -8,13 +8,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from deployments.messages import ModelCard
 from deployments.streams.messages import Answer, Growth, Opened, Report, StreamSpec
 from deployments.streams.table import StreamTable
 from deployments.streams.token_log import TokenLog
 from engine.sequence import Emission
 from tests.deployments.streams.gateways import Clock
 
-SPEC = StreamSpec("chat", b"{}", (array("I", [1, 2]),), (7,), "chatcmpl-1", 0)
+CARD = ModelCard("tiny", "/models/tiny", 256, 320, (0,), 0, "tiny-1")
+SPEC = StreamSpec("chat", b"{}", (array("I", [1, 2]),), (7,), "chatcmpl-1", 0, CARD)
 GRACE_S, LEASE_S = 60.0, 5.0
 IDS = [f"stream-{number}" for number in range(4)]
 GATEWAYS = ["a", "b", "c"]
