@@ -204,7 +204,7 @@ def test_more_pages_than_the_host_holds_leave_the_beginnings_findable(
 def test_a_chunk_that_fills_more_pages_than_there_are_slots_is_taken_and_saved_whole(
     host: Host, connect: Callable[..., TierClient]
 ) -> None:
-    host.start()
+    host.start("2MiB")  # room for the pages and for the slots that the client holds
     pages, keys = Pages(100), keys_of(100)
     client = connect(pages)
     assert client.room() >= 100
@@ -218,7 +218,7 @@ def test_a_chunk_that_fills_more_pages_than_there_are_slots_is_taken_and_saved_w
 def test_pages_that_wait_for_slots_of_a_silent_host_are_given_back(
     host: Host, connect: Callable[..., TierClient]
 ) -> None:
-    host.start()
+    host.start("2MiB")  # room for the pages and for the slots that the client holds
     pages, keys = Pages(100), keys_of(100)
     client = connect(pages)
     save(client, keys[:1])
