@@ -8,7 +8,6 @@ that does not fit, it never skips, so nobody is overtaken within a priority.
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
 from operator import attrgetter
 
 from engine.batch import Batch, StepOutput, TokenLogprob
@@ -73,7 +72,7 @@ class Scheduler:
             num_pages=self.pool.num_pages,
             num_free_pages=self.pool.num_free,
             num_outstanding_tokens=self._outstanding,
-            **asdict(self._counters),
+            **vars(self._counters),
             **self.offload.totals(),
         )
 
