@@ -9,7 +9,6 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
 from operator import attrgetter
 
 from engine.batch import Batch, StepOutput, TokenLogprob
@@ -75,7 +74,7 @@ class Scheduler:
             num_pages=self.pool.num_pages,
             num_free_pages=self.pool.num_free,
             num_outstanding_tokens=self._outstanding,
-            **asdict(self._counters),
+            **vars(self._counters),
             **self.offload.totals(),
         )
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass
 class Counters:
     """What a scheduler counts; see the fields of `EngineStats`, which have the same names."""
 

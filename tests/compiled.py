@@ -1,11 +1,15 @@
-"""For tests that need the compiled kernels: without them, what is computed beside a token may change its last bits."""
+"""The compiled kernels, for tests that have no other subject, or need the same bits in any company: what is computed
+beside a token may change its last bits without them."""
 
 import pytest
 
 from engine.kernels.cpu.compiler import load_library
+from engine.kernels.cpu.library import Library
 
 
-def need_kernels() -> None:
+def compiled_library() -> Library:
     """Skips the test where there is no C compiler."""
-    if load_library() is None:
-        pytest.skip("no C compiler, and only the compiled kernels give the same bits in any company")
+    library = load_library()
+    if library is None:
+        pytest.skip("no C compiler")
+    return library

@@ -113,7 +113,6 @@ class KVServer:
 
     def stats(self) -> HostStats:
         """The host now."""
-        counters = self._counters
         stores = self._stores.values()
         return HostStats(
             memory_bytes=sum(store.table.num_pages * store.segment.page_bytes for store in stores),
@@ -121,13 +120,7 @@ class KVServer:
             disk_bytes=self._disk.num_bytes if self._disk else 0,
             disk_pages=self._disk.num_pages if self._disk else 0,
             clients=len(self._sessions),
-            evictions_total=counters.evictions_total,
-            demotions_total=counters.demotions_total,
-            promotions_total=counters.promotions_total,
-            received_total=counters.received_total,
-            served_total=counters.served_total,
-            corrupt_total=counters.corrupt_total,
-            disk_errors_total=counters.disk_errors_total,
+            **vars(self._counters),
         )
 
     def have(self, layout: bytes, keys: Sequence[bytes]) -> int:

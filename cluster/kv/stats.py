@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass
 class HostCounters:
     """What has happened at one host since it started. Written by the host alone."""
 

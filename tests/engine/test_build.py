@@ -12,10 +12,10 @@ from engine.build import assemble, build_engine
 from engine.config import EngineConfig, KVConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import ModelError
-from engine.kernels.cpu.compiler import load_library
 from engine.quant.export import Exporter, Target
 from engine.sampling_params import SamplingParams
 from engine.sequence import FinishReason, Request
+from tests.compiled import compiled_library
 from tests.engine.fakes import Streams, run_to_end
 
 PAGE_BYTES = 16 * 3 * 2 * 2 * 16 * 4  # tokens, layers, keys and values, heads, head_dim, float32
@@ -185,8 +185,7 @@ def test_a_cuda_device_that_is_not_there_is_refused_at_start(model: Path) -> Non
 def test_a_model_that_the_kernels_do_not_know_runs_in_torch_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if load_library() is None:
-        pytest.skip("no C compiler")
+    compiled_library()
     config = LlamaConfig(
         vocab_size=60, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,

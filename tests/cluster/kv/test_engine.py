@@ -13,7 +13,7 @@ from engine.kv.tier import PageMemory, Tier
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 from tests.cluster.kv.hosts import Host, eventually
-from tests.compiled import need_kernels
+from tests.compiled import compiled_library
 
 Answers = dict[tuple[str, int], tuple[list[int], list[float]]]
 PROMPT = [5 + 3 * place % 90 for place in range(150)]
@@ -23,7 +23,7 @@ class Replica:
     """An engine with what a test wants to look at."""
 
     def __init__(self, host: Host | None, memory: str, *, model: str = "manta-tiny") -> None:
-        need_kernels()
+        compiled_library()
         self.clients: list[TierClient] = []
 
         def make_tier(layout: bytes, pages: PageMemory) -> Tier:

@@ -17,7 +17,7 @@ from benchmarks.chaos import Calm, undisturbed
 from benchmarks.chaos_client import SILENCE_S, ask_all
 from benchmarks.chaos_server import Server
 from benchmarks.chaos_streams import PROMPT, Answer, salted
-from tests.compiled import need_kernels
+from tests.compiled import compiled_library
 
 MAX_TOKENS = 800
 IMPATIENT_S = 2.0
@@ -30,7 +30,7 @@ PATIENCE_S = 90.0
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    need_kernels()
+    compiled_library()
     log = tmp_path_factory.mktemp("log") / "serve.log"
     found = Server(["--served-model-name", "model"], log, replicas=2, gateways=2, kv_host=True)
     yield found

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deployments.private_ray import free_ports
-from tests.compiled import need_kernels
+from tests.compiled import compiled_library
 from tests.deployments.app.processes import below
 from tests.deployments.app.reconnecting import CREATED, Client
 from tests.deployments.fakes import write_fake_model
@@ -146,7 +146,7 @@ def test_serves_a_model_and_leaves_nothing_behind(server: tuple[Server, str], mo
 
 
 def test_the_built_in_model_ends_at_one_gateway_what_it_began_at_another() -> None:
-    need_kernels()
+    compiled_library()
     with serving("--replicas", "2", "--gateways", "2") as (running, url):
         running.wait_for("curl")
         messages = [{"role": "user", "content": "Tell me a story about a cat."}]

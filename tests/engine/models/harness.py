@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -24,13 +23,13 @@ from transformers.configuration_utils import PretrainedConfig
 
 from engine.batch import Batch, SampleRow, Samples, StepOutput
 from engine.forward import Backend, CpuBackend, Forward, ReferenceBackend
-from engine.kernels.cpu.compiler import load_library
 from engine.kv.cache import PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.loader import load_parameters
 from engine.runner import LOGPROB_ROWS, Runner
 from engine.sampler import Drawn, Sampler
 from engine.sampling_params import SamplingParams
+from tests.compiled import compiled_library
 
 VOCAB = 97
 PAGE_TOKENS = 16
@@ -153,10 +152,7 @@ def make_backend(kernels: Kernels, max_tokens: int = 256) -> Backend:
     """Skips the test when there is no C compiler to make its kernels with."""
     if kernels == "torch":
         return ReferenceBackend()
-    library = load_library()
-    if library is None:
-        pytest.skip("no C compiler")
-    return CpuBackend(library, 2, max_tokens=max_tokens, max_rows=LOGPROB_ROWS)
+    return CpuBackend(compiled_library(), 2, max_tokens=max_tokens, max_rows=LOGPROB_ROWS)
 
 
 class RecordingSampler(Sampler):

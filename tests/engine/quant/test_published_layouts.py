@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.kernels.cpu.compiler import load_library
 from engine.kernels.cpu.linear import pack_linear
 from engine.kernels.cpu.program import Immediate
 from engine.models.loader import load_parameters
@@ -24,6 +23,7 @@ from engine.models.weights import Checkpoint
 from engine.quant.config import read_quantization
 from engine.quant.formats import QuantizedLinear, read_linear
 from engine.quant.weights import Int4Weight, Int8Weight
+from tests.compiled import compiled_library
 from tests.engine.models import harness
 from tests.engine.models.harness import Driver
 from tests.engine.quant.checkpoints import LLAMA, Recipe, gptq, write_pair
@@ -171,8 +171,7 @@ def test_words_of_well_known_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [1, 19])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_the_c_kernel_multiplies_by_the_layer(writer: str, rows: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    if (library := load_library()) is None:
-        pytest.skip("no C compiler")
+    library = compiled_library()
     declared, pack, layer = WRITERS[writer]
     weight = read(declared, pack(layer), tmp_path)
     x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(1)).to(dtype)

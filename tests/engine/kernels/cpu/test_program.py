@@ -3,20 +3,17 @@
 import pytest
 import torch
 
-from engine.kernels.cpu.compiler import load_library
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import CpuOperators
 from engine.kernels.cpu.program import Immediate, Program, Recorder, StepArrays
+from tests.compiled import compiled_library
 
 CAPACITY, WIDTH = 40, 24
 
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    loaded = load_library()
-    if loaded is None:
-        pytest.skip("no C compiler")
-    return loaded
+    return compiled_library()
 
 
 def chain(operators: CpuOperators, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
