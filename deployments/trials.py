@@ -14,10 +14,11 @@ from deployments.backend import Loss
 
 SUSPECTED_AFTER = 2
 """Replicas that failed in a row before a request brought a token there."""
-PROOFS = 3
-"""Failures in a row with one suspect that convict it. One would do against a culprit; but where replicas are killed
-again and again, an innocent that waits for its first token for a quarter of the time is hit by three failures in a row
-once in 64 times, by five once in a thousand."""
+PROOFS = 2
+"""Failures in a row with one suspect that convict it. One would do against a culprit, and each more costs a replica.
+
+But where replicas are killed again and again, an innocent that waits for its first token for a quarter of the time is
+hit by three failures in a row, one of them a proof, once in 64 times, and by four once in 256."""
 TRIAL_S = 10.0
 """The first trial of a request: far longer than it takes to end a replica that ends at once."""
 

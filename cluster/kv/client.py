@@ -12,16 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.kv.allowance import Allowance
 from cluster.kv.checksum import crc32c
 from cluster.kv.connection import Connection, HostRefused, connect
+from cluster.kv.loads import MEMORY_GUESS, LoadCosts, RunningLoad
 from cluster.kv.segment import SegmentError
 from cluster.kv.wire import (
-    ELSEWHERE,
-    ON_DISK,
     VERSION,
     Commit,
     Corrupt,
@@ -54,9 +53,6 @@ GRANT_PATIENCE_S = 2.0
 """How long pages wait for slots before they are refused. Longer than the host lets its disk take to make room."""
 MAX_COMMIT = 8
 """Pages that are copied before the host is told, and before a load that has come meanwhile."""
-_MEMORY = 0
-_GUESSES = {_MEMORY: 0.25e-9, ON_DISK: 2e-9, ELSEWHERE: 2e-9}
-"""Seconds a byte, until copies have been measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +64,6 @@ class Bandwidth:
 
 
 UNLIMITED = Bandwidth()
-
-
-@dataclass(slots=True)
-class _Running:
-    """A load that has not been answered."""
-
-    load: Load
-    began: float
-    heard: float
-    """When the host last said something of it."""
-    found: bool = False
-    """Whether the host has said what it has."""
-    wanted: int = 0
-    """Pages that were decided on."""
-    copied: int = 0
-    fetched: float = 0.0
-    """When pages were asked for that were not in memory."""
-    predicted: float = 0.0
-    slow: dict[int, int] = field(default_factory=dict)
-    """Pages wanted of each medium but memory."""
 
 
 class TierClient:
@@ -122,15 +98,15 @@ class TierClient:
         self._starved_at: float | None = None
         """Since when pages have waited for a slot; None while none do."""
         self._allowance = Allowance(bandwidth.save, memory.page_bytes, clock)
-        self._costs = {medium: CopyCost(guess * memory.page_bytes) for medium, guess in _GUESSES.items()}
-        self._save_cost = CopyCost(_GUESSES[_MEMORY] * memory.page_bytes)
+        self._load_costs = LoadCosts(memory.page_bytes)
+        self._save_cost = CopyCost(MEMORY_GUESS * memory.page_bytes)
         self._connection: Connection | None = None
         self._num_hosts = 0
         """That this client was connected to, the same one each time anew."""
         self._closing = False
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, RunningLoad] = {}
         self._thread = threading.Thread(target=self._run, name="kv-tier", daemon=True)
         self._thread.start()
 
@@ -181,7 +157,7 @@ class TierClient:
         return answers
 
     def page_seconds(self) -> float:
-        return self._save_cost.page_seconds + self._costs[_MEMORY].page_seconds
+        return self._save_cost.page_seconds + self._load_costs.memory.page_seconds
 
     def stats(self) -> TierStats:
         return replace(self._stats)
@@ -277,7 +253,7 @@ class TierClient:
             while self._loads:
                 load = self._loads.popleft()
                 now = self._clock()
-                self._running[load.ticket] = _Running(load, now, now)
+                self._running[load.ticket] = RunningLoad(load, now, now)
                 connection.send(Find(load.ticket, load.keys))
             entries: list[Entry] = []
             while self._saves and connection.credits and not self._loads and len(entries) < MAX_COMMIT:
@@ -312,12 +288,12 @@ class TierClient:
             case Grant(slots):
                 connection.credits.extend(slots)
                 self._grants, self._starved_at = True, None
-            case Found(ticket, slots, crcs):
+            case Found(ticket):
                 if (running := self._running.get(ticket)) is not None:
-                    self._found(connection, running, slots, crcs)
-            case Ready(ticket, first, slots, crcs):
+                    self._found(connection, running, message)
+            case Ready(ticket):
                 if (running := self._running.get(ticket)) is not None:
-                    self._ready(connection, running, first, slots, crcs)
+                    self._ready(connection, running, message)
             case _:
                 raise WireError(f"the host sent a {type(message).__name__}")
 
@@ -333,38 +309,19 @@ class TierClient:
         self._answer(Saved(save.page, True))
         return entry
 
-    def _found(self, connection: Connection, running: _Running, slots: list[int], crcs: list[int]) -> None:
-        load = running.load
-        if len(slots) > len(load.keys):
-            raise WireError("more pages were found than were asked for")
-        media = [min(slot, _MEMORY) for slot in slots]
-        seconds = [self._costs[medium].page_seconds for medium in media]
-        running.heard, running.found = self._clock(), True
-        running.wanted = wanted = self._choose(seconds, load.recompute_seconds)
-        running.predicted = self._clock() - running.began + sum(seconds[:wanted])
-        for medium in media[:wanted]:
-            if medium != _MEMORY:
-                running.slow[medium] = running.slow.get(medium, 0) + 1
+    def _found(self, connection: Connection, running: RunningLoad, found: Found) -> None:
+        in_memory = running.decide(found.slots, self._load_costs, self._choose, self._clock())
         if running.slow:
-            running.fetched = self._clock()
-            connection.send(Fetch(load.ticket, wanted))
-        in_memory = next((i for i, slot in enumerate(slots[:wanted]) if slot < 0), wanted)
-        self._copy_in(connection, running, slots[:in_memory], crcs[:in_memory], timed=True)
+            connection.send(Fetch(running.load.ticket, running.wanted))
+        self._copy_in(connection, running, found.slots[:in_memory], found.crcs[:in_memory], timed=True)
 
-    def _ready(self, connection: Connection, running: _Running, first: int, slots: list[int], crcs: list[int]) -> None:
-        running.heard = self._clock()
-        # Pages that were in memory from the beginning may be told of again.
-        skip = running.copied - first
-        if skip < 0 or first + len(slots) > running.wanted:
-            raise WireError("pages came that were not next")
-        if not slots:
-            running.wanted = running.copied
-        elif skip >= len(slots):
-            return
-        self._copy_in(connection, running, slots[skip:], crcs[skip:], timed=False)
+    def _ready(self, connection: Connection, running: RunningLoad, ready: Ready) -> None:
+        skip = running.arrived(ready.first, len(ready.slots), self._clock())
+        if skip is not None:
+            self._copy_in(connection, running, ready.slots[skip:], ready.crcs[skip:], timed=False)
 
     def _copy_in(
-        self, connection: Connection, running: _Running, slots: list[int], crcs: list[int], *, timed: bool
+        self, connection: Connection, running: RunningLoad, slots: list[int], crcs: list[int], *, timed: bool
     ) -> None:
         """Copies the next pages of a load; ends it when these were the last, or one is not what it should be."""
         began, count = self._clock(), 0
@@ -380,7 +337,7 @@ class TierClient:
             count += 1
             self._throttle(began, count)
         if timed:
-            self._costs[_MEMORY].observe(count, self._clock() - began)
+            self._load_costs.memory.observe(count, self._clock() - began)
         if running.copied >= running.wanted:
             connection.send(Release(running.load.ticket))
             self._finish(running)
@@ -390,16 +347,10 @@ class TierClient:
             due = began + pages * self._memory.page_bytes / self._bandwidth.load
             time.sleep(max(0.0, due - self._clock()))
 
-    def _finish(self, running: _Running) -> None:
-        load, seconds = running.load, self._clock() - running.began
-        del self._running[load.ticket]
-        if running.slow and running.copied == running.wanted:
-            spent = self._clock() - running.fetched
-            for medium in running.slow:
-                self._costs[medium].observe(sum(running.slow.values()), spent)
+    def _finish(self, running: RunningLoad) -> None:
+        del self._running[running.load.ticket]
         self._stats.pages_loaded += running.copied
-        recompute = load.recompute_seconds(0) - load.recompute_seconds(running.copied)
-        self._answer(Loaded(load.ticket, running.copied, seconds, running.predicted, recompute))
+        self._answer(running.end(self._load_costs, self._clock()))
 
     def _refuse_saves(self) -> None:
         """Answers all pages that wait to be saved: they are not."""

@@ -139,18 +139,18 @@ def test_a_stream_that_was_complete_when_its_replica_went_is_complete() -> None:
     assert asyncio.run(tokens_of(ContinuingBackend(Late(), timeout_s=1), request)) == wanted(request)
 
 
-def test_a_request_that_ends_every_replica_fails_after_five_of_them() -> None:
+def test_a_request_that_ends_every_replica_fails_after_four_of_them() -> None:
     replicas = Replicas([(0, lost())] * 9)
-    with pytest.raises(GenerationFailed, match="5 replicas in a row failed with this request"):
+    with pytest.raises(GenerationFailed, match="4 replicas in a row failed with this request"):
         asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=1), make_request()))
-    assert len(replicas.attempts) == 5
+    assert len(replicas.attempts) == 4
 
 
 def test_a_token_between_failures_or_a_planned_move_clears_the_record() -> None:
     moved = FinishReason.MOVED
     request = make_request(max_tokens=9)
     for last in ((1, lost()), (0, moved)):
-        replicas = Replicas([*[(0, lost())] * 4, last] * 3)
+        replicas = Replicas([*[(0, lost())] * 3, last] * 3)
         assert asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=1), request)) == wanted(request)
 
 
@@ -229,7 +229,7 @@ def test_suspects_are_tried_one_at_a_time_and_only_the_culprit_fails() -> None:
     answers = run_together(replicas, names)
     assert all(answers[name] == wanted(make_request()) for name in innocent)
     assert isinstance(answers["poison"], GenerationFailed)
-    assert replicas.failures == [set(names)] * 2 + [{"poison"}] * 3
+    assert replicas.failures == [set(names)] * trials.SUSPECTED_AFTER + [{"poison"}] * trials.PROOFS
 
 
 def test_a_long_prompt_holds_no_other_suspect_up_and_is_not_taken_for_the_culprit(
@@ -292,7 +292,7 @@ def test_suspects_do_not_gather_while_there_is_no_replica(monkeypatch: pytest.Mo
     replicas = Restarting("poison", {**innocent, "poison": 60.0})
     answers = run_together(replicas, [*innocent, "poison"])
     assert all(answers[name] == wanted(make_request()) for name in innocent)
-    assert replicas.failures[2:] == [{"poison"}] * 3
+    assert replicas.failures[trials.SUSPECTED_AFTER :] == [{"poison"}] * trials.PROOFS
 
 
 def test_without_a_replica_it_waits_and_goes_on_when_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

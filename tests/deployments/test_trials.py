@@ -16,11 +16,11 @@ def suspicion_of(*losses: Loss, alone: bool = True) -> Suspicion:
     return found
 
 
-def test_two_failures_in_a_row_make_a_suspect_and_three_more_alone_convict_it() -> None:
+def test_two_failures_in_a_row_make_a_suspect_and_two_more_alone_convict_it() -> None:
     assert not suspicion_of(Loss.FAILED).is_suspect
     assert suspicion_of(Loss.FAILED, Loss.GONE, Loss.FAILED).is_suspect
-    assert not suspicion_of(*[Loss.FAILED] * 4).is_convicted
-    assert suspicion_of(*[Loss.FAILED] * 5).is_convicted
+    assert not suspicion_of(*[Loss.FAILED] * 3).is_convicted
+    assert suspicion_of(*[Loss.FAILED] * 4).is_convicted
 
 
 def test_nobody_is_convicted_by_what_happened_while_others_were_there() -> None:
@@ -29,7 +29,7 @@ def test_nobody_is_convicted_by_what_happened_while_others_were_there() -> None:
 
 @pytest.mark.parametrize("loss", [Loss.MOVED, Loss.PAUSED])
 def test_a_planned_move_clears_the_record(loss: Loss) -> None:
-    assert not suspicion_of(*[Loss.FAILED] * 4, loss).is_suspect
+    assert not suspicion_of(*[Loss.FAILED] * 3, loss).is_suspect
 
 
 def test_each_trial_may_take_twice_as_long_as_the_one_before() -> None:
