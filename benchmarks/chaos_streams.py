@@ -14,8 +14,8 @@ from typing import Any
 
 PROMPT = "One day a little cat went to the market with her friend"
 LOGPROB_TOLERANCE = 1e-3
-_OWN = re.compile(r'"id":"[^"]*",|"created":\d+,')
-"""What an event says of its request alone."""
+_OWN = re.compile(r'"id":"[^"]*",|"created":\d+,|,"prompt_tokens_details":{[^}]*}')
+"""What an event says of its request alone: of two with one prompt, whichever is later finds what the other computed."""
 IN_FLIGHT_S = 0.2
 """For how long after a kill there may still come what the replica had sent before it."""
 

@@ -36,6 +36,23 @@ def test_what_is_different_is_said(other: Answer, complaint: str) -> None:
     assert complaint in (answer().difference(other) or "")
 
 
+def told(text: str, request: str, cached: int) -> Answer:
+    """A stream of one event and its usage, as the server writes them."""
+    found, head = Answer(), {"id": request, "created": len(request)}
+    usage = {"prompt_tokens": 20, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": cached}}
+    for payload in ({"choices": [{"index": 0, "text": text}]}, {"choices": [], "usage": usage}):
+        found.add(json.dumps(head | payload, separators=(",", ":")))
+    return found
+
+
+def test_what_the_cache_held_is_no_part_of_an_answer_and_every_other_byte_of_its_events_is() -> None:
+    assert told("a", "one", 16).difference(told("a", "another", 0)) is None
+    split = replace(
+        told("a", "one", 0), events=['{"choices":[{"index":0,"text":"a" }]}', *told("a", "one", 0).events[1:]]
+    )
+    assert "event 1 is" in (told("a", "one", 0).difference(split) or "")
+
+
 def test_a_gap_is_the_silence_beyond_the_usual_one() -> None:
     cut = replace(answer(), times=[0.0, 0.1, 0.2, 0.3, 0.4, 1.5, 1.6])
     assert cut.gap(0.5) == pytest.approx(1.0)
