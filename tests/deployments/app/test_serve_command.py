@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from os import kill, killpg
 from pathlib import Path
+from threading import Event
 
 import httpx
 import openai
@@ -281,12 +282,15 @@ def test_stopping_lets_streams_finish_for_a_while_and_then_tells_them(by_whom: s
     with serving("--drain-timeout", "2") as (running, url):
         running.wait_for("curl")
 
-        def ask(max_tokens: int, n: int) -> list[str]:
+        admitted = Event()
+
+        def ask(max_tokens: int, n: int, admitted: Event) -> list[str]:
             """The events of a stream."""
             body = {"model": "manta-tiny", "prompt": "One day", "max_tokens": max_tokens, "n": n}
             body |= {"stream": True, "ignore_eos": True}
             with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
                 assert response.status_code == 200
+                admitted.set()
                 return [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
 
         def running_requests() -> float:
@@ -294,11 +298,11 @@ def test_stopping_lets_streams_finish_for_a_while_and_then_tells_them(by_whom: s
             return sum(map(float, re.findall(r"^manta:num_requests_running{.*} (\S+)$", exposition, re.MULTILINE)))
 
         with ThreadPoolExecutor(3) as pool:
-            endless = pool.submit(ask, 1900, 64)
+            endless = pool.submit(ask, 1900, 64, Event())
             while not running_requests():
                 time.sleep(0.1)
-            brief = pool.submit(ask, 10, 1)
-            time.sleep(0.2)
+            brief = pool.submit(ask, 10, 1, admitted)
+            assert admitted.wait(30)
             begun = time.monotonic()
             if by_whom == "terminal":
                 running.interrupt()
