@@ -14,7 +14,7 @@ from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
 
 COLOURS = {
     "unlimited": "#b0b0b0",
-    "unlimited, write-through": "#888888",
+    "write-through": "#888888",
     "tier": "#0b6e99",
     "recompute": "#e0a030",
 }
