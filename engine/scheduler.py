@@ -111,8 +111,7 @@ class Scheduler:
     def plan(self) -> Batch | None:
         """The next iteration, or None when nothing can run before a batch in flight, or a page on its way, arrives."""
         self.settle()
-        if self._returning:
-            self._readmit()
+        self._let_ahead()
         decodes = self._decodes()
         chunks: list[Chunk] = []
         budget = self._prefill_running(chunks, self._prompt_budget(len(decodes)))
@@ -212,10 +211,17 @@ class Scheduler:
                 budget -= count
         return 0 if near else budget
 
-    def _readmit(self) -> None:
-        """Lets streams in that go on from elsewhere, though prompts take all tokens: their pages can come meanwhile."""
-        while self.waiting and self.waiting[0] in self._returning and self._let_in(self.waiting[0]):
+    def _let_ahead(self) -> None:
+        """Lets in whoever comes before a sequence that runs, though prompts take all tokens.
+
+        The other samples of a request have next to nothing to compute, and the pages of streams that go on from
+        elsewhere can come meanwhile.
+        """
+        while self.waiting and self._is_ahead(self.waiting[0]) and self._let_in(self.waiting[0]):
             pass
+
+    def _is_ahead(self, sequence: Sequence) -> bool:
+        return sequence in self._returning or (bool(self.running) and sequence.order < self.running[-1].order)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         while self.waiting and budget > 0 and self._let_in(sequence := self.waiting[0]):

@@ -194,6 +194,30 @@ def test_samples_share_the_prompts_full_pages() -> None:
     rig.check_nothing_left()
 
 
+def test_samples_begin_together_though_other_prompts_wait_behind_theirs() -> None:
+    rig = Rig(num_pages=200, page_tokens=4, max_batch_tokens=16)
+    rig.engine.add(request("r", list(range(30)), n=3, max_tokens=20))
+    for first, name in enumerate(("next", "last"), 90):
+        rig.engine.add(request(name, [first, *range(80)], max_tokens=2))
+    while len(rig.streams.tokens) < 3:
+        rig.step()
+    assert list(rig.streams.tokens) == [("r", 0), ("r", 1), ("r", 2)]
+    assert len(rig.streams.tokens["r", 0]) == 2, "the others begin in the iteration after the first"
+    run_to_end(rig.engine, rig.streams)
+    rig.check_nothing_left()
+
+
+def test_higher_priority_goes_before_the_rest_of_a_prompt_that_runs() -> None:
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=16)
+    rig.engine.add(request("essay", list(range(90)), max_tokens=2))
+    rig.step()
+    rig.engine.add(request("urgent", [5] * 10, max_tokens=2, priority=-1))
+    rig.step()
+    assert list(rig.streams.tokens) == [("urgent", 0)]
+    run_to_end(rig.engine, rig.streams)
+    rig.check_nothing_left()
+
+
 def test_higher_priority_is_admitted_first_and_keeps_its_pages() -> None:
     rig = Rig(num_pages=8, page_tokens=2, max_sequences=1)
     rig.engine.add(request("running", [1], max_tokens=3))
