@@ -32,8 +32,8 @@ def draw(result: dict[str, Any], target: Path) -> None:
     panel.set_xlabel("output tokens/s")
     machine = result["machine"]
     panel.set_title(
-        f"{result['model']}: conversations of 4x the pool. {machine['cpu']}, {machine['threads']} threads, "
-        f"{machine['date'][:10]}",
+        f"{result['model']}, conversations of 4x the pool\n"
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['date'][:10]}",
         fontsize=9,
         loc="left",
     )
