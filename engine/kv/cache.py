@@ -11,8 +11,6 @@ from engine.kv.sizing import layer_bytes_per_token
 from engine.memory import reserve
 from engine.models.spec import ModelSpec
 
-
-
 WORD_TOKENS = 16
 """Pages of words hold a multiple of so many tokens."""
 
