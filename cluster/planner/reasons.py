@@ -4,6 +4,7 @@ from cluster.planner.layout import Plan, Problem
 from cluster.planner.nodes import slots
 from cluster.planner.replica import gibibytes
 from cluster.planner.shares import shares
+from cluster.planner.survey import USUAL_CONTEXT
 from engine.parallel.slices import key_heads
 
 
@@ -106,7 +107,7 @@ def _bound(plan: Plan) -> str:
 
 
 def _context(problem: Problem, plan: Plan) -> str:
-    if problem.wishes.context is not None or plan.context == min(4096, problem.spec.max_position):
+    if problem.wishes.context is not None or plan.context == min(USUAL_CONTEXT, problem.spec.max_position):
         return ""
     return f"sequences of {plan.context} tokens: longer ones do not fit beside the weights"
 
