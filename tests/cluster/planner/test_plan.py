@@ -176,7 +176,7 @@ def test_quantized_weights_leave_more_room() -> None:
         ),
         (
             problem(LLAMA2_7B, "1x16GiB", context=4096),
-            ["2.13 GiB for one sequence of 4096 tokens", "sequences of 1024 tokens work here"],
+            ["for one sequence of 4096 tokens", "sequences of 2048 tokens work here"],
         ),
         (problem(LLAMA2_7B, "1x80GiB", context=5000), ["the model is made for at most 4096"]),
         (
@@ -209,7 +209,7 @@ def test_the_layouts_that_are_offered_work() -> None:
 
 def test_sequences_get_shorter_where_the_memory_holds_no_longer_ones() -> None:
     found = plan(problem(LLAMA2_7B, "1x16GiB"))
-    assert found.context == 1024
+    assert found.context == 2048
     assert any("longer ones do not fit" in reason for reason in found.reasons)
 
 
