@@ -16,7 +16,7 @@ from engine.quant.plan import Kind, is_layer_linear, kind_of
 
 Scalar = Literal["float32", "bfloat16", "float16"]
 Conversion = Scheme | Literal["fp8"]
-ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES: Mapping[Scalar, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 SCALE_BYTES = 4
 """float32, of a row in 8 bits and of a group in 4."""
 ZERO_BYTES = 1
@@ -116,12 +116,10 @@ def _dtype(config: Mapping[str, Any], choices: Choices) -> Scalar:
     if choices.dtype != "auto":
         return choices.dtype
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name == "float16" and choices.device == "cpu":
-        return "bfloat16"
-    for scalar in ("float32", "bfloat16", "float16"):
-        if name == scalar:
-            return scalar
-    raise ValueError(f"dtype {name!r} cannot be run; choose one of {', '.join(ITEM_BYTES)}")
+    found = next((scalar for scalar in ITEM_BYTES if scalar == name), None)
+    if found is None:
+        raise ValueError(f"dtype {name!r} cannot be run; choose one of {', '.join(ITEM_BYTES)}")
+    return "bfloat16" if found == "float16" and choices.device == "cpu" else found
 
 
 def _held(layout: CheckpointFormat) -> Scheme:

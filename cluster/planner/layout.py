@@ -1,7 +1,7 @@
 """The nouns of a plan: what is asked, the layout that answers it, and what each rank then holds. Pure."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.planner.form import Form
@@ -75,7 +75,7 @@ class Problem:
     form: Form
     nodes: tuple[Node, ...]
     accelerator: Accelerator
-    wishes: Wishes = Wishes()
+    wishes: Wishes = field(default_factory=Wishes)
 
     @property
     def num_accelerators(self) -> int:

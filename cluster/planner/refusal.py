@@ -7,11 +7,12 @@ from cluster.planner.layout import Layout, Plan, Problem, Wishes
 from cluster.planner.nodes import Node, describe
 from cluster.planner.replica import gibibytes
 from cluster.planner.survey import Survey, choose, contexts, size_of, take_stock
+from engine.quant.config import Scheme
 from engine.quant.plan import group_obstacle, kind_of
 
 _NEAREST = 3
 _MULTIPLES = (2, 4, 8, 16)
-_SMALLER_FORMS = ("w8a8", "w4a16")
+_SMALLER_FORMS: tuple[Scheme, ...] = ("w8a8", "w4a16")
 
 
 class NoLayout(Exception):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cluster.planner.form import Form
 from cluster.planner.rates import Link, Rates
-from cluster.planner.shares import Share
+from cluster.planner.shares import Part, Share
 from cluster.planner.workspace import LOGITS_BYTES
 from engine.models.spec import ModelSpec
 
@@ -76,18 +76,16 @@ class Clock:
 
     def stage(self, stage: StageShape, step: Step) -> StepSeconds:
         """One step of one stage."""
-        before = self.share.before if stage.first else None
-        after = self.share.after if stage.last else None
-        ends = [part for part in (before, after) if part is not None]
-        layer, layers = self.share.layer, stage.layers
-        macs = step.tokens * (layers * (layer.macs + self._expert_macs()) + sum(part.macs for part in ends))
-        read = layers * (layer.read_bytes + self._expert_bytes(step.tokens)) + sum(part.read_bytes for part in ends)
+        share, layers = self.share, stage.layers
+        ends = (share.before if stage.first else Part()) + (share.after if stage.last else Part())
+        macs = step.tokens * (layers * (share.layer.macs + self._expert_macs()) + ends.macs)
+        read = layers * (share.layer.read_bytes + self._expert_bytes(step.tokens)) + ends.read_bytes
         if stage.last:
-            macs += step.sequences * self.share.head.macs
-            read += self.share.head.read_bytes
+            macs += step.sequences * share.head.macs
+            read += share.head.read_bytes
         seen = visible(self.spec, step.context)
-        attention = 4 * self.share.query_heads * self.spec.head_dim * step.tokens * seen * layers
-        pages = step.sequences * seen * self.share.layer_kv_bytes * layers
+        attention = 4 * share.query_heads * self.spec.head_dim * step.tokens * seen * layers
+        pages = step.sequences * seen * share.layer_kv_bytes * layers
         return StepSeconds(
             compute=2 * macs / self._product_rate() + attention / self.rates.flops,
             weights=read / self.rates.memory_bandwidth,

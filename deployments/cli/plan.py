@@ -106,7 +106,7 @@ def plan(
 
       manta plan ./Llama-3-70B --nodes 2*8x80GiB --prefer latency
 
-      manta plan ./Mixtral-8x7B --nodes a=8x80GiB,b=4x40GiB --accelerator a100 --expert-parallel 4
+      manta plan ./Llama-3-70B --nodes a=8x80GiB,b=4x40GiB --accelerator a100
     """
     from cluster.planner.form import Choices
     from cluster.planner.layout import Problem

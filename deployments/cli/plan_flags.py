@@ -93,9 +93,9 @@ def read_model(model: str, revision: str | None, choices: Choices) -> tuple[Mode
     # Of a hub model nothing else is fetched.
     folder = file.parent if file.name == CONFIG and file.is_file() else resolve_model(model, revision, (CONFIG,))
     layout = find_quantization(folder)
-    scheme = choices.quantization
-    if scheme in ("w8a8", "w4a16"):
-        check_scheme(folder, layout, scheme)
+    match choices.quantization:
+        case "w8a8" | "w4a16" as scheme:
+            check_scheme(folder, layout, scheme)
     spec = load_spec(folder)
     try:
         return spec, form_of(read_json(folder / CONFIG), layout, choices)
