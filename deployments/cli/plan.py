@@ -25,10 +25,10 @@ def plan(
     ],
     nodes: Annotated[
         str | None,
-        typer.Option(help='"8x80GiB", "2*8x80GiB", "a=8x80GiB,b=4x40GiB": accelerators and memory. [this machine]'),
+        typer.Option(help='"8x80GiB", "2*8x80GiB", "a=8x80GiB,b=4x40GiB". Default: this machine.'),
     ] = None,
     accelerator: Annotated[
-        str | None, typer.Option(help="a100, h100 or cpu. [h100; without --nodes, this machine's]")
+        str | None, typer.Option(help="a100, h100 or cpu. Default: h100; without --nodes, this machine's.")
     ] = None,
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Ranks that share each layer.", rich_help_panel=_LAYOUT)
@@ -41,7 +41,7 @@ def plan(
         typer.Option(min=1, help="Groups of tensor ranks that experts are dealt to.", rich_help_panel=_LAYOUT),
     ] = None,
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="Copies of the model. [as many as are best]", rich_help_panel=_LAYOUT)
+        int | None, typer.Option(min=1, help="Copies. Default: as many as are best.", rich_help_panel=_LAYOUT)
     ] = None,
     prefer: Annotated[
         str, typer.Option(help="throughput of all, or latency of one stream alone.", rich_help_panel=_LAYOUT)
@@ -59,7 +59,7 @@ def plan(
         int | None,
         typer.Option(
             min=2,
-            help="Tokens of a sequence that concurrency is counted in, half of them prompt. [the model's, up to 4096]",
+            help="Tokens of a sequence, half of them prompt, to count with. Default: the model's, up to 4096.",
             rich_help_panel=_FORM,
         ),
     ] = None,
