@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.planner.form import Form
@@ -37,6 +37,7 @@ def stages(layers: int, count: int) -> list[StageShape]:
     ]
 
 
+@settings(deadline=None)
 @given(st.floats(1, 1e9), st.integers(2, 64))
 def test_a_sum_takes_both_halves_of_a_ring(num_bytes: float, ranks: int) -> None:
     link = Link(100e9, 0.0)
