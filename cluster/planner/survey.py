@@ -14,7 +14,7 @@ from cluster.planner.nodes import Slot, slots
 from cluster.planner.replica import Cut, DoesNotFit, lay_out
 from engine.parallel.slices import obstacle
 
-NEARLY = 0.1
+NEARLY = 0.15
 """Share of the best by which a layout may fall short and still be taken for as good."""
 USUAL_CONTEXT = 4096
 """Tokens that sequences are planned with where nobody says and the model is made for as many."""

@@ -34,9 +34,10 @@ def workspace_bytes(spec: ModelSpec, form: Form, share: Share, limits: StepLimit
     """Of one rank of a stage; `last` is of the stage that makes logits."""
     values = limits.tokens * form.item_bytes
     inside = values * _widest(spec, share)
-    peak = max(inside, values * spec.hidden + _logits(spec, share, limits)) if last else inside
+    # Hidden states stay until logits are made of them, in memory of its own where layers and head are two programs.
+    head = values * spec.hidden + _logits(spec, share, limits) if last else 0
     summed = values * spec.hidden if share.rank.size > 1 else 0
-    return peak + summed + _quantized_rows(spec, form, share, limits) + _inputs(spec, limits)
+    return inside + head + summed + _quantized_rows(spec, form, share, limits) + _inputs(spec, limits)
 
 
 def _widest(spec: ModelSpec, share: Share) -> int:

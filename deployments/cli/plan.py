@@ -9,7 +9,6 @@ import typer
 
 from deployments.cli.errors import CommandError, ExitCode
 
-
 _LAYOUT = "Layout"
 _FORM = "Model and memory"
 _RATES = "Rates"
@@ -63,9 +62,7 @@ def plan(
             rich_help_panel=_FORM,
         ),
     ] = None,
-    max_sequences: Annotated[
-        int, typer.Option(min=1, help="Run at once by one replica.", rich_help_panel=_FORM)
-    ] = 128,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Run at once by one replica.", rich_help_panel=_FORM)] = 128,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Of one step.", rich_help_panel=_FORM)] = 1024,
     memory_share: Annotated[
         float, typer.Option(min=0.1, max=1.0, help="Of an accelerator's memory, for ranks.", rich_help_panel=_FORM)

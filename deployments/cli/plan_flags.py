@@ -23,6 +23,7 @@ _USUAL_KIND = "h100"
 def machines(nodes: str | None, accelerator: str | None, *, measure: bool) -> tuple[tuple[Node, ...], Accelerator]:
     """The nodes to plan for and the kind of their accelerators; without --nodes, this machine."""
     name = accelerator
+    given: tuple[Node, ...]
     if nodes is None:
         here, found = this_machine()
         given, name = (here,), accelerator or found
@@ -70,9 +71,7 @@ class RateFlags:
 
 
 def _link(flag: str, link: Link, bandwidth: str | None, latency_us: float | None) -> Link:
-    return Link(
-        _a_second(flag, bandwidth) or link.bandwidth, link.latency if latency_us is None else latency_us / 1e6
-    )
+    return Link(_a_second(flag, bandwidth) or link.bandwidth, link.latency if latency_us is None else latency_us / 1e6)
 
 
 def _a_second(flag: str, value: str | None) -> float | None:

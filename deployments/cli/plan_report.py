@@ -117,7 +117,7 @@ def _table(problem: Problem, plan: Plan) -> Iterator[str]:
     """A line for neighbouring ranks that hold the same number of bytes, of every stage."""
     with_experts = problem.spec.experts is not None
     columns = (*_COLUMNS[:6], "experts", *_COLUMNS[6:]) if with_experts else _COLUMNS
-    rows = [columns]
+    rows: list[tuple[str, ...]] = [columns]
     for _, group in groupby(plan.shards, key=_alike):
         shards = list(group)
         first, last = shards[0], shards[-1]

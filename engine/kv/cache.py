@@ -40,9 +40,7 @@ class KVPages(NamedTuple):
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token keeps in a cache of this dtype, over all layers."""
-    return spec.layers * layer_bytes_per_token(
-        spec.kv_heads, spec.head_dim, dtype.itemsize, scaled=dtype == torch.int8
-    )
+    return spec.layers * layer_bytes_per_token(spec.kv_heads, spec.head_dim, dtype.itemsize, scaled=dtype == torch.int8)
 
 
 class PagedKVCache:

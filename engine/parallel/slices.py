@@ -8,7 +8,6 @@ Experts are dealt out whole to groups of ranks, and the ranks of a group cut the
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from engine.models.spec import ModelSpec
 
@@ -16,7 +15,8 @@ VOCABULARY_UNIT = 32
 """A rank's rows of the vocabulary are a multiple of it: a panel of the C kernels, two tiles of a GPU's products."""
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """Consecutive rows, columns, heads or experts of the whole model."""
 
     start: int

@@ -48,9 +48,7 @@ def test_alike_nodes_are_described_together() -> None:
     assert describe(nodes) == "node1 to node3 (3 nodes): 8 x 80 GiB, big: 4 x 141 GiB"
 
 
-NODES = st.lists(
-    st.builds(Node, st.uuids().map(str), st.integers(1, 8), st.integers(1, 100)), min_size=1, max_size=6
-)
+NODES = st.lists(st.builds(Node, st.uuids().map(str), st.integers(1, 8), st.integers(1, 100)), min_size=1, max_size=6)
 
 
 @settings(deadline=None)

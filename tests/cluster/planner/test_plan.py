@@ -148,8 +148,12 @@ def test_quantized_weights_leave_more_room() -> None:
     [
         (
             problem(LLAMA2_7B, "8x80GiB", tensor=3),
-            ["tensor parallel 3 cannot be", "32 heads cannot be divided among 3 ranks", "8 x 80 GiB"]
-            + ["nearest layouts that work: TP2 x PP1, TP4 x PP1"],
+            [
+                "tensor parallel 3 cannot be",
+                "32 heads cannot be divided among 3 ranks",
+                "8 x 80 GiB",
+                "nearest layouts that work: TP4 x PP1, TP2 x PP1",
+            ],
         ),
         (
             problem(LLAMA2_7B, "8x80GiB", tensor=16),
@@ -171,8 +175,13 @@ def test_quantized_weights_leave_more_room() -> None:
         (problem(MIXTRAL_8X7B, "8x80GiB", tensor=8, expert=3), ["8 experts cannot be divided among 3 groups"]),
         (
             problem(LLAMA3_70B, "1x80GiB"),
-            ["TP1 x PP1: a rank needs", "131.42 GiB of weights", "has 72.00 GiB (90% of 80.00 GiB)"]
-            + ["with quantization w8a8 TP1 x PP1 works here", "with 2 times these nodes TP"],
+            [
+                "TP1 x PP1: a rank needs",
+                "131.42 GiB of weights",
+                "has 72.00 GiB (90% of 80.00 GiB)",
+                "with quantization w8a8 TP1 x PP1 works here",
+                "with 2 times these nodes TP",
+            ],
         ),
         (
             problem(LLAMA2_7B, "1x16GiB", context=4096),

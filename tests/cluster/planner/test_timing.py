@@ -32,9 +32,7 @@ def clock(spec: ModelSpec, tensor: int = 1, expert: int = 1, kind=A100) -> Clock
 
 def stages(layers: int, count: int) -> list[StageShape]:
     each = layers // count
-    return [
-        StageShape(each, first=i == 0, last=i == count - 1, crosses=False, next_is_near=True) for i in range(count)
-    ]
+    return [StageShape(each, first=i == 0, last=i == count - 1, crosses=False, next_is_near=True) for i in range(count)]
 
 
 @settings(deadline=None)
