@@ -93,7 +93,7 @@ def _replicas(problem: Problem, plan: Plan) -> str:
     places = len(slots(problem.nodes, plan.layout.tensor)) // plan.layout.pipeline
     line = f"{plan.replicas} of these replicas on {used} of {problem.num_accelerators} accelerators"
     if plan.replicas < places and problem.wishes.replicas is None:
-        return f"{line}: smaller accelerators would hold all of them to fewer pages"
+        return f"{line}: the others have less memory, and with them every replica would have fewer pages"
     return f"{line}, {idle} idle" if idle else line
 
 

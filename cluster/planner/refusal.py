@@ -37,7 +37,9 @@ def refusal(problem: Problem, survey: Survey) -> NoLayout:
     reason = (*survey.shortages[-1:], *survey.obstacles, "no layout")[0]
     nearest = _nearest(problem)
     works = f"nearest layouts that work: {', '.join(map(str, nearest))}" if nearest else _advice(problem)
-    there = f"there are {problem.num_accelerators} accelerators, on {describe(problem.nodes)}"
+    number = problem.num_accelerators
+    count = "there is 1 accelerator" if number == 1 else f"there are {number} accelerators"
+    there = f"{count}, on {describe(problem.nodes)}"
     return NoLayout(f"{_asked(problem.wishes)}{reason}; {there}; {works}", nearest)
 
 

@@ -91,9 +91,10 @@ def plan(
 ) -> None:
     """Plan how a model is laid out over accelerators: tensor x pipeline x expert parallel.
 
-    Prints the bytes that every rank holds (weights, pages of keys and values, workspace), what concurrency that gives,
-    predicted speeds, and why; nothing is started and no weight is read. What cannot fit is refused with the nearest
-    layouts that work. --tensor-parallel, --pipeline-parallel, --expert-parallel and --replicas override its choice.
+    Prints the bytes that every rank holds (weights, pages of keys and
+    values, workspace), what concurrency that gives, predicted speeds, and
+    why. Nothing is started and no weight is read. What cannot fit is
+    refused, with the nearest layouts that work.
 
     Exit code 2 where there is no layout.
 
