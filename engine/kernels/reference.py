@@ -13,7 +13,7 @@ from engine.kernels.paged_sdpa import ChunkKeys, DecodeKeys, group_decodes
 from engine.kernels.routing import TableExperts
 from engine.kv.cache import KVPages
 from engine.models.spec import Activation
-from engine.quant.weights import Int4Weight, Int8Weight, Weight, part
+from engine.quant.weights import Int4Weight, Int8Weight, Weight, rows_of
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -112,11 +112,9 @@ class ReferenceLinear:
 class ReferenceExpertLinear:
     """A linear layer for each expert, on its own rows."""
 
-    def __init__(
-        self, weight: Weight, experts: int, gate: Activation | None, out_dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, weight: Weight, experts: int, gate: Activation | None, out_dtype: torch.dtype | None) -> None:
         rows = weight.shape[0] // experts
-        parts = [part(weight, index * rows, (index + 1) * rows) for index in range(experts)]
+        parts = [rows_of(weight, index * rows, (index + 1) * rows) for index in range(experts)]
         self._linears = [ReferenceLinear(each, None, gate, out_dtype) for each in parts]
         self._width = rows if gate is None else rows // 2
         self._out_dtype = out_dtype

@@ -84,7 +84,7 @@ def weight_bytes(weight: Weight) -> int:
     return weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes
 
 
-def part(weight: Weight, first: int, last: int) -> Weight:
+def rows_of(weight: Weight, first: int, last: int) -> Weight:
     """Rows [first, last) of a weight; nothing is copied."""
     if isinstance(weight, Tensor):
         return weight[first:last]

@@ -69,9 +69,7 @@ class CpuOperators:
     def add_gated(self, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
         assert gate.dtype == torch.float32 and gate.shape == (len(a), 1)
         y = self._like(a)
-        self._target.emit(
-            "add_gated", _rows(a), a=a, b=b, gate=gate, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype]
-        )
+        self._target.emit("add_gated", _rows(a), a=a, b=b, gate=gate, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype])
         return y
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:

@@ -127,8 +127,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 CHOOSING = frozenset(name for name in CONFIGS if "mixtral" in name or "moe" in name) - {"mixtral-every-expert"}
-"""Mixtures whose tokens run some of the experts: a rounding that swaps two of them changes much, so that logits cannot be
-compared in half precision."""
+"""Mixtures whose tokens run some of the experts: a rounding that swaps two of them changes much, so that logits cannot
+be compared in half precision."""
 
 
 @dataclass

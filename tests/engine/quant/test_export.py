@@ -99,7 +99,7 @@ def test_routers_are_named_as_not_quantized(tmp_path: Path) -> None:
 
 def test_experts_in_one_tensor_are_refused_with_what_to_do(tmp_path: Path) -> None:
     random_model(MIXTRAL).save_pretrained(tmp_path, save_original_format=False)
-    with pytest.raises(ModelError, match="holds all experts at once.*quantize such a model as it is loaded"):
+    with pytest.raises(ModelError, match=r"holds all experts at once.*quantize such a model as it is loaded"):
         Exporter(tmp_path, Target("w8a8"))
 
 

@@ -113,9 +113,7 @@ def stack(weights: list[Weight]) -> Weight:
     case=linear.cases,
     counts=st.lists(st.sampled_from([0, 0, 1, 2, 5, 13, 30, 97]), min_size=1, max_size=5).filter(any),
 )
-def test_each_expert_multiplies_its_own_rows(
-    library: Library, form: str, case: linear.Case, counts: list[int]
-) -> None:
+def test_each_expert_multiplies_its_own_rows(library: Library, form: str, case: linear.Case, counts: list[int]) -> None:
     """However many fall to it: bit for bit what the expert gives alone, which is what float64 gives."""
     case = replace(case, rows=sum(counts), has_order=False)
     weights = [replace(case, seed=case.seed + index).weight(form) for index in range(len(counts))]
