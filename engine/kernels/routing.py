@@ -53,11 +53,11 @@ def route(logits: Tensor, routing: Routing) -> Table:
 def sum_by_weight(results: Tensor, table: Table) -> Tensor:
     """[T * K, width] results of the rows to [T, width] float32: each token's in its own order, one after the other."""
     tokens, per_token = table.rows.shape
-    picked = results[table.rows.flatten()].to(torch.float32).view(tokens, per_token, results.shape[1])
-    picked = picked.masked_fill((table.rows >= table.offsets[-1]).unsqueeze(2), 0.0)
-    total = torch.zeros_like(picked[:, 0])
+    total = torch.zeros(tokens, results.shape[1], device=results.device)
+    is_elsewhere = table.rows >= table.offsets[-1]
     for index in range(per_token):
-        total = total + table.weights[:, index, None] * picked[:, index]
+        picked = results.index_select(0, table.rows[:, index]).to(torch.float32)
+        total.addcmul_(picked.masked_fill_(is_elsewhere[:, index, None], 0.0), table.weights[:, index, None])
     return total
 
 
