@@ -20,6 +20,25 @@ Linear = Callable[[Tensor], Tensor]
 """[T, in] to [T, out]."""
 Embedding = Callable[[Tensor], Tensor]
 """[T] int64 row numbers to [T, width]."""
+ExpertLinear = Callable[[Tensor, Tensor], Tensor]
+"""[R, in] rows that lie expert by expert, and [experts + 1] int64 where those of each begin, to [R, out]. What comes of
+rows behind the last expert's means nothing."""
+Experts = Callable[[Tensor, Tensor], Tensor]
+"""[T, hidden] and router logits [T, experts] float32 to [T, hidden]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts a token runs, with what weights, and which of them are here."""
+
+    experts: int
+    """All there are: as many as a token has logits."""
+    per_token: int
+    """Of the largest logits, equal ones by rising number. A weight is the softmax over all experts, in float32."""
+    renormalised: bool
+    """Whether the weights of a token's experts are made to add up to 1."""
+    held: range
+    """The experts whose weights are here; results of others are for whoever holds them to add."""
 
 
 class QKNorm(NamedTuple):
@@ -103,6 +122,18 @@ class Operators(Protocol):
         With `gate` the weight's rows are [gate; up], and the result is `gate(x) * up` (Shazeer, 2020), [T, out / 2].
         """
 
+    def expert_linear(
+        self, weight: Weight, experts: int, *, gate: Activation | None = None, out_dtype: torch.dtype | None = None
+    ) -> ExpertLinear:
+        """Prepares `linear` for weights of one shape that lie one below the other, one for each expert."""
+
+    def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
+        """Prepares a mixture of experts: `outer(inner(x))` of each of a token's experts, summed by their weights.
+
+        `expert_linear` made both for the held experts, `outer` with float32 results. The sum has a fixed order, so that
+        a token's result does not depend on the tokens beside it.
+        """
+
     def embedding(self, table: Tensor) -> Embedding:
         """Prepares a lookup of rows of [rows, width], in the table's dtype."""
 
@@ -111,6 +142,9 @@ class Operators(Protocol):
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b of one shape."""
+
+    def add_gated(self, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+        """a + sigmoid(gate) * b, a and b of one shape, with a gate for each token: [T, 1] float32."""
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """[T, ...] to [R, ...]: the rows `Wanted.rows` of x, contiguous."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionLayout, Embedding, Linear, Operators, QKNorm, StepAttention, Wanted
+from engine.kernels import AttentionLayout, Embedding, Linear, Operators, QKNorm, Routing, StepAttention, Wanted
 from engine.kv.cache import PagedKVCache
-from engine.models.spec import Activation, LearnedPositions, ModelSpec
+from engine.models.mlp import MLP, DenseMLP, MixtureMLP
+from engine.models.spec import Activation, ExpertsSpec, LearnedPositions, ModelSpec
 from engine.quant.weights import Weight
 
 
@@ -41,8 +42,7 @@ class Layer:
     qk_norm: QKNorm | None
     out: Linear
     mlp_norm: Norm
-    mlp_in: Linear
-    mlp_out: Linear
+    mlp: MLP
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,16 +143,12 @@ class Decoder:
         attended = layer.out(attended.view(len(q), -1))
         if spec.block == "post":
             hidden, _ = layer.attention_norm(attended, residual)
-            return layer.mlp_norm(self._mlp(layer, hidden), hidden)[0], None
+            return layer.mlp_norm(layer.mlp(hidden), hidden)[0], None
         if spec.block == "parallel":
             normed, _ = layer.mlp_norm(residual)
-            return self._operators.add(attended, self._mlp(layer, normed)), residual
+            return self._operators.add(attended, layer.mlp(normed)), residual
         normed, residual = layer.mlp_norm(attended, residual)
-        return self._mlp(layer, normed), residual
-
-    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
-        inner = layer.mlp_in(x)
-        return layer.mlp_out(inner if self.spec.gated_mlp else self._operators.activate(inner, self.spec.activation))
+        return layer.mlp(normed), residual
 
     # -- preparation, once ---------------------------------------------------------------------------------------------
 
@@ -176,9 +172,34 @@ class Decoder:
             qk_norm=self._qk_norm(prefix) if spec.qk_norm else None,
             out=self._linear(prefix + "out"),
             mlp_norm=self._norm(prefix + "mlp_norm"),
-            mlp_in=self._linear(prefix + "mlp_in", gate=spec.activation if spec.gated_mlp else None),
-            mlp_out=self._linear(prefix + "mlp_out"),
+            mlp=self._dense_mlp(prefix + "mlp") if spec.experts is None else self._mixture(prefix, spec.experts),
         )
+
+    def _dense_mlp(self, name: str) -> DenseMLP:
+        activation, gated = self.spec.activation, self.spec.gated_mlp
+        return DenseMLP(
+            self._operators,
+            inner=self._linear(f"{name}_in", gate=activation if gated else None),
+            activation=None if gated else activation,
+            outer=self._linear(f"{name}_out"),
+        )
+
+    def _mixture(self, prefix: str, experts: ExpertsSpec) -> MixtureMLP:
+        prepare, count = self._operators.expert_linear, experts.count
+        inner = prepare(self._take(f"{prefix}experts_in.weight"), count, gate=self.spec.activation)
+        outer = prepare(self._take(f"{prefix}experts_out.weight"), count, out_dtype=torch.float32)
+        routing = Routing(count, experts.per_token, experts.renormalised, held=range(count))
+        return MixtureMLP(
+            self._operators,
+            router=self._scores(f"{prefix}router"),
+            experts=self._operators.experts(routing, inner, outer),
+            shared=self._dense_mlp(f"{prefix}shared") if experts.shared_intermediate else None,
+            shared_gate=self._scores(f"{prefix}shared_gate") if experts.shared_gate else None,
+        )
+
+    def _scores(self, name: str) -> Linear:
+        """A linear layer whose results decide how much others count: they keep their digits."""
+        return self._operators.linear(self._take(f"{name}.weight"), out_dtype=torch.float32)
 
     def _norm(self, name: str) -> Norm:
         weight = self._take_dense(f"{name}.weight")

@@ -7,6 +7,7 @@ read before it is asked for: who packs each parameter before the next one never 
 """
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -259,5 +260,5 @@ def _is_quantized(checkpoint: Checkpoint, piece: Piece, layout: CheckpointFormat
 
 
 def _linear(piece: Piece) -> QuantizedLinear:
-    rows, columns = reversed(piece.shape) if piece.transposed else piece.shape
-    return QuantizedLinear(piece.source.removesuffix(".weight"), rows, columns)
+    *rows, columns = reversed(piece.shape) if piece.transposed else piece.shape
+    return QuantizedLinear(piece.source.removesuffix(".weight"), math.prod(rows), columns)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Run(NamedTuple):
-    """Consecutive rows of a source tensor and where they go."""
+    """Consecutive rows of a source tensor and where they go. Several matrices in one tensor are one below the other."""
 
     source: int
     target: int

@@ -51,6 +51,15 @@ class _Entry:
     begin: int
     """Offset in the file."""
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape[1:][-1:]
+
+    @property
+    def rows(self) -> int:
+        """Of a matrix, or of all the matrices that it holds one below the other; elements of a vector."""
+        return math.prod(self.shape[: max(1, len(self.shape) - 1)])
+
 
 class Checkpoint:
     """The safetensors files of one directory. A file is open only while some of it is read."""
@@ -66,12 +75,10 @@ class Checkpoint:
         else:
             self._files = _read_index(self.origin)
             self._entries = {file: _read_header(file) for file in sorted(set(self._files.values()))}
+        self.names = frozenset(self._files)
+        """Of all tensors."""
         self._idle: list[Tensor] = []
         """Buffers for slices that nobody iterates over now."""
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._files)
 
     def check(self, name: str, *shapes: tuple[int, ...]) -> None:
         """Raises ModelError unless the tensor is there with one of these shapes, if any are given."""
@@ -107,8 +114,8 @@ class Checkpoint:
         shape = self.shape(name)
         if not shape:
             raise self.error(name, "is a single number; expected rows")
-        whole = torch.empty(shape, dtype=self.dtype(name))
-        self.read_into(name, Run(0, 0, shape[0]), whole)
+        whole, entry = torch.empty(shape, dtype=self.dtype(name)), self._entry(name)
+        self.read_into(name, Run(0, 0, entry.rows), whole.view(entry.rows, *entry.row_shape))
         return whole
 
     def read_into(self, name: str, run: Run, rows: Tensor) -> None:
@@ -124,7 +131,7 @@ class Checkpoint:
 
         Raises ModelError as `read_into` does.
         """
-        shape, dtype = self.shape(name)[1:], self.dtype(name)
+        shape, dtype = self._entry(name).row_shape, self.dtype(name)
         num_bytes = self._rows_at_once(name) * _row_bytes(shape, dtype)
         buffer = self._idle.pop() if self._idle else torch.empty(0, dtype=torch.uint8)
         if len(buffer) < num_bytes:
@@ -138,7 +145,7 @@ class Checkpoint:
     def _slices(self, name: str, run: Run, place: Callable[[int, int], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Reads each slice [start, stop) of a run to its place; yields (start, rows there)."""
         entry = self._entry(name)
-        row_bytes, step = _row_bytes(entry.shape[1:], self.dtype(name)), self._rows_at_once(name)
+        row_bytes, step = _row_bytes(entry.row_shape, self.dtype(name)), self._rows_at_once(name)
         with _open(self._files[name]) as file:
             file.seek(entry.begin + run.source * row_bytes)
             for start in range(0, run.rows, step):
@@ -161,8 +168,8 @@ class Checkpoint:
             left = left[count:]
 
     def _rows_at_once(self, name: str) -> int:
-        shape = self.shape(name)
-        return min(max(1, _SLICE_BYTES // max(1, _row_bytes(shape[1:], self.dtype(name)))), shape[0])
+        entry = self._entry(name)
+        return min(max(1, _SLICE_BYTES // max(1, _row_bytes(entry.row_shape, self.dtype(name)))), entry.rows)
 
     def _entry(self, name: str) -> _Entry:
         file = self._files[name]

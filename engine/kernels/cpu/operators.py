@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.attention import HEAD_DIM_STEP, LARGEST_HEAD_DIM, CpuAttention
+from engine.kernels.cpu.experts import CpuExperts
 from engine.kernels.cpu.library import ACTIVATIONS, DTYPES
-from engine.kernels.cpu.linear import PackedLinear, pack_linear
+from engine.kernels.cpu.linear import PackedLinear, pack_experts, pack_linear
 from engine.kernels.cpu.program import Field, StepArrays, Target
-from engine.kernels.operators import AttentionLayout, Embedding, Linear
+from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, Routing
 from engine.kv.cache import WORD_TOKENS
 from engine.models.spec import Activation
 from engine.quant.weights import Weight
@@ -44,6 +45,15 @@ class CpuOperators:
     ) -> Linear:
         return pack_linear(self._target, weight, bias, gate=gate, out_dtype=out_dtype)
 
+    def expert_linear(
+        self, weight: Weight, experts: int, *, gate: Activation | None = None, out_dtype: torch.dtype | None = None
+    ) -> ExpertLinear:
+        return pack_experts(self._target, weight, experts, gate=gate, out_dtype=out_dtype)
+
+    def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
+        assert isinstance(inner, PackedLinear) and isinstance(outer, PackedLinear)
+        return CpuExperts(self._target, routing, inner, outer)
+
     def embedding(self, table: Tensor) -> Embedding:
         return CpuEmbedding(self._target, table.contiguous())
 
@@ -54,6 +64,12 @@ class CpuOperators:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         y = self._like(a)
         self._target.emit("add", _rows(a), a=a, b=b, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype])
+        return y
+
+    def add_gated(self, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+        assert gate.dtype == torch.float32 and gate.shape == (len(a), 1)
+        y = self._like(a)
+        self._target.emit("add_gated", _rows(a), a=a, b=b, gate=gate, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype])
         return y
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cuda.attention import CudaAttention
+from engine.kernels.cuda.experts import CudaExpertLinear
 from engine.kernels.cuda.fused import Fused
 from engine.kernels.cuda.linear import CudaLinear, make_product
-from engine.kernels.operators import AttentionLayout, Embedding, Linear
+from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, Routing
 from engine.kernels.reference import ReferenceOperators
+from engine.kernels.routing import TableExperts
 from engine.models.spec import Activation
 from engine.quant.weights import Weight
 
@@ -32,10 +34,21 @@ class CudaOperators:
         gate: Activation | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Linear:
-        # Only a head asks for a dtype of its own, and a head may have to serve as the embedding too.
-        is_head = out_dtype is not None
-        product = make_product(weight, bias, self._dtype, self._fused, fp8=self._fp8, has_rows=is_head)
+        # Heads and routers ask for a dtype of their own. A head may have to serve as the embedding too, and a router is
+        # too small to gain by another form.
+        stays = out_dtype is not None
+        product = make_product(weight, bias, self._dtype, self._fused, fp8=self._fp8, has_rows=stays)
         return CudaLinear(product, self._fused, gate, out_dtype)
+
+    def expert_linear(
+        self, weight: Weight, experts: int, *, gate: Activation | None = None, out_dtype: torch.dtype | None = None
+    ) -> ExpertLinear:
+        if self._dtype != torch.bfloat16:
+            raise ValueError('mixtures of experts have CUDA kernels for bfloat16 alone; choose dtype "bfloat16"')
+        return CudaExpertLinear(weight, experts, gate, out_dtype, self._fused)
+
+    def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
+        return TableExperts(routing, inner, outer)
 
     def embedding(self, table: Tensor) -> Embedding:
         return lambda ids: F.embedding(ids, table)
@@ -47,6 +60,9 @@ class CudaOperators:
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+    def add_gated(self, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+        return self._reference.add_gated(a, b, gate)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)

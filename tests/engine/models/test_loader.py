@@ -178,6 +178,9 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, object], str]] = {
     "scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     "cross attention": ("gpt2", {"add_cross_attention": True}, "add_cross_attention True"),
     "norm without weights": ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
+    "layers without experts": ("qwen2-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2 is not supported"),
+    "some layers without experts": ("qwen3-moe", {"mlp_only_layers": [1]}, "mlp_only_layers [1] is not supported"),
+    "more experts than there are": ("mixtral", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is more than the 6"),
     "heads that do not divide": ("qwen3", {"num_key_value_heads": 3}, "kv_heads (3)"),
 }
 

@@ -69,6 +69,28 @@ void add(const struct add *args, const struct step *step, struct team *team) {
     }
 }
 
+INLINE void add_gated_row(const struct add_gated *args, int64_t dtype, int64_t token) {
+    const vf share = vf_sigmoid(vf_set(args->gate[token]));
+    const int64_t row = token * args->width;
+    for (int64_t i = 0; i < args->width; i += VF) {
+        const int64_t at = row + i, count = args->width - i;
+        const vf a = vf_get(args->a, dtype, at, count), b = vf_get(args->b, dtype, at, count);
+        vf_put(args->y, dtype, at, count, vf_fused(b, share, a));
+    }
+}
+
+void add_gated(const struct add_gated *args, const struct step *step, struct team *team) {
+    int64_t begin, end;
+    team_share(team, step->tokens, &begin, &end);
+    for (int64_t token = begin; token < end; token++) {
+        if (args->dtype == F32) {
+            add_gated_row(args, F32, token);
+        } else {
+            add_gated_row(args, BF16, token);
+        }
+    }
+}
+
 INLINE void activate_as(const struct activate *args, int64_t dtype, int64_t activation, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += VF) {
         vf_put(args->y, dtype, i, end - i, activation_of(activation, vf_get(args->x, dtype, i, end - i)));

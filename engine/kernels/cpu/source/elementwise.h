@@ -42,6 +42,17 @@ struct add {
 };
 OPERATION(add);
 
+/* y = a + b / (1 + e^-gate), with a gate for each token. */
+struct add_gated {
+    const void *a;                  /* [tokens, width] */
+    const void *b;
+    const float *gate;              /* [tokens] */
+    void *y;
+    int64_t width;
+    int64_t dtype;                  /* of a, b and y */
+};
+OPERATION(add_gated);
+
 /* y = activation(x). */
 struct activate {
     const void *x;                  /* [tokens, width] */

@@ -100,3 +100,13 @@ def test_taken_rows_are_those_named(library: Library, dtype: torch.dtype, rows: 
     x = merged[:, : 3 * 33].unflatten(1, (3, 33))
     taken = CpuOperators(Immediate(library, 2)).take_rows(x, torch.tensor(rows, dtype=torch.int64))
     assert taken.is_contiguous() and torch.equal(taken, x[rows])
+
+
+@dtypes
+@shapes
+def test_a_gated_sum_is_near_the_exact_one(library: Library, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    a, b, gate = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), 4 * torch.randn(shape[0], 1)
+    y = CpuOperators(Immediate(library, 2)).add_gated(a, b, gate)
+    exact = a.double() + b.double() * gate.double().sigmoid()
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= 1e-6 + 2 * HALF_STEP[dtype] * exact.abs()).all()
