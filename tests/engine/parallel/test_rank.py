@@ -5,6 +5,7 @@ In float32 the order of a sum is all that differs: logprobs agree within 1e-4, a
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -265,3 +266,44 @@ def wait_at_most(seconds: float) -> None:
     from engine.parallel import meeting
 
     meeting.Meeting.__init__.__defaults__ = (timedelta(seconds=seconds),)
+
+
+def test_a_stage_goes_on_while_the_next_one_is_behind(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """It is asked for three batches before the next stage has seen any; what it sends waits, and keeps its order."""
+    path = model_of("neox")
+    driver = Driver(path, "C")
+    streams = [driver.start(random_tokens(7 + 6 * index, seed=index)) for index in range(3)]
+    batches = [driver.batch([(stream, len(stream.tokens))]) for stream in streams]
+    expected = [driver.runner.run(batch).token_ids for batch in batches]
+    ranks = load(config_of(path), Cut(1, 2))
+    ranks.start(160)
+    first, second = ranks.processes
+    for process in (first, second):
+        for batch in batches:
+            process.send("run", batch)
+        if process is first:
+            assert [process.answer() for _ in batches] == [None] * 3
+    assert [second.answer().token_ids for _ in batches] == expected
+    ranks.close()
+
+
+def test_results_do_not_depend_on_chunks_where_that_is_asked_for(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """Sums over ranks have a fixed order: the same bits in one chunk, in two, and token by token."""
+    ranks = load(config_of(model_of("llama"), deterministic=True), Cut(2))
+    tokens, found = random_tokens(24), []
+    for chunks in ([24], [9, 15], [1] * 24):
+        executor = ranks.start(16)
+        driver = Driver(model_of("llama"), "torch", num_pages=16)
+        stream = driver.start(tokens)
+        for count in chunks:
+            batch = driver.batch([(stream, count)])
+            stream.computed += count
+            executor.submit(replace(batch, samples=replace(batch.samples, logprobs={0: 20})))
+            output = executor.collect()
+        found.append(output.logprobs)
+    ranks.close()
+    assert found[0] == found[1] == found[2]
