@@ -17,7 +17,7 @@ from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import missing_kernel
 from engine.kernels.cpu.threads import bind_threads
 from engine.kernels.cpu.vocabulary import CpuReductions
-from engine.machine import available_bytes, available_cores
+from engine.machine import ALONE, CoreShare, available_bytes, available_cores
 from engine.models.spec import ModelSpec
 from engine.parallel.group import TensorGroup
 from engine.runner import LOGPROB_ROWS
@@ -54,7 +54,7 @@ class Device(Protocol):
         """The kernels that this model runs on; `group` are the ranks that share its layers, where there are any."""
 
     def free_bytes(self) -> int:
-        """Memory that nobody has taken yet."""
+        """Memory that nobody has taken yet; of what several processes share, this one's part."""
 
     def sampler(self) -> Sampler:
         """Called by the thread that will run the steps."""
@@ -66,9 +66,10 @@ class Cpu:
     name = "cpu"
     spare_pages = 0
 
-    def __init__(self, config: EngineConfig, *, int4: bool) -> None:
-        """Sets torch's threads and begins to compile."""
-        self.threads = available_cores() if config.threads == "auto" else config.threads
+    def __init__(self, config: EngineConfig, *, int4: bool, share: CoreShare = ALONE) -> None:
+        """Sets torch's threads and begins to compile. Threads that are left to "auto" are this process's `share`."""
+        self.threads = max(1, available_cores() // share.count) if config.threads == "auto" else config.threads
+        self._share = share
         self.page_tokens = CPU_PAGE_TOKENS if config.kv.page_tokens == "auto" else config.kv.page_tokens
         self._scheduler = config.scheduler
         self._deterministic = config.deterministic
@@ -93,13 +94,13 @@ class Cpu:
         return backend
 
     def free_bytes(self) -> int:
-        return available_bytes()
+        return available_bytes() // self._share.count
 
     def sampler(self) -> Sampler:
         library = self._library.result()
         if library is None:
             return Sampler()
-        bind_threads(library, self.threads)
+        bind_threads(library, self.threads, self._share)
         return Sampler(CpuReductions(library, self.threads))
 
     def _rank_bytes(self, loaded: "LoadedModel") -> int:
@@ -148,10 +149,10 @@ class Cuda:
         return Sampler()
 
 
-def choose_device(config: EngineConfig, *, int4: bool) -> Device:
+def choose_device(config: EngineConfig, *, int4: bool, share: CoreShare = ALONE) -> Device:
     """The device that the configuration names; "auto" is a GPU where there is one. Raises ValueError.
 
-    `int4` is whether it has to multiply by weights of 4 bits.
+    `int4` is whether it has to multiply by weights of 4 bits. A CPU takes `share` of the cores; a GPU is one process's.
     """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -162,7 +163,7 @@ def choose_device(config: EngineConfig, *, int4: bool) -> Device:
         return Cuda(config)
     if config.quantization == "fp8":
         raise ValueError('quantization "fp8" needs a CUDA device; on a CPU use "w8a8"')
-    return Cpu(config, int4=int4)
+    return Cpu(config, int4=int4, share=share)
 
 
 def choose_backend(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cluster.planner.form import Form
 from engine.models.spec import ModelSpec
-from engine.parallel.slices import TensorRank, experts_of, key_heads, query_heads, slice_of
+from engine.parallel.slices import TensorRank, experts_of, is_held, key_heads, query_heads, slice_of
 
 _EVERY_TOKEN = (
     "qkv",
@@ -118,7 +118,8 @@ class _Counter:
         return slice_of(name, self.shapes[name], self.spec, self.rank, self.form.unit).shape
 
     def part(self, names: Iterable[str]) -> Part:
-        return sum((self._one(name) for name in names if name in self.shapes), Part())
+        held = (name for name in names if name in self.shapes and is_held(name, self.rank))
+        return sum((self._one(name) for name in held), Part())
 
     def _one(self, name: str) -> Part:
         held = self.held(name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import GatherOptions, PrefixStore, ProcessGroupGloo, TCPStore, Work
 
 from engine.errors import RanksLost
+from engine.machine import CoreShare
 from engine.parallel.place import Place
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -49,8 +50,8 @@ class Meeting:
         try:
             self._store = _open_store(host, port, place, timeout)
             self._listens_at = _own_address(host, port)
-            self.neighbours = self._count_neighbours()
-            """Ranks that have the same cores as this one, itself among them."""
+            self.share = self._find_neighbours()
+            """This one among the ranks that have its cores."""
         except (RuntimeError, OSError) as error:
             raise RanksLost(f"rank {place.rank} of {place.world} met nobody at {rendezvous}: {error}") from error
 
@@ -90,10 +91,12 @@ class Meeting:
         except RuntimeError as error:
             raise RanksLost(f"rank {self.place.rank} waited for the others ({name}): {error}") from error
 
-    def _count_neighbours(self) -> int:
+    def _find_neighbours(self) -> CoreShare:
         own = _cores()
         self._store.set(f"cores/{self.place.rank}", own)
-        return [self._store.get(f"cores/{rank}") for rank in range(self.place.world)].count(own.encode())
+        ranks = range(self.place.world)
+        neighbours = [rank for rank in ranks if self._store.get(f"cores/{rank}") == own.encode()]
+        return CoreShare(neighbours.index(self.place.rank), len(neighbours))
 
 
 def _address(rendezvous: str) -> tuple[str, int]:

@@ -10,12 +10,10 @@ from typing import NamedTuple
 
 from engine.models.spec import ModelSpec
 from engine.parallel.place import Place
-from engine.parallel.slices import Slice, experts_of, key_heads, obstacle, query_heads, slice_of
+from engine.parallel.slices import Slice, experts_of, is_held, key_heads, obstacle, query_heads, slice_of
 
 _BEFORE = ("project_in", "position")
 _AFTER = ("final_norm", "project_out", "head")
-_BEHIND_A_SUM = ("out", "mlp_out", "shared_out")
-"""Layers of which ranks make partial sums: a bias counts once, so that one rank has it."""
 
 
 class Held(NamedTuple):
@@ -97,10 +95,9 @@ class Part:
                 yield own, Held(name, slice_of(name, shape, self.whole, self.place.tensor, self.unit))
 
     def _is_here(self, name: str) -> bool:
-        module, _, kind = name.rpartition(".")
-        module = module.rpartition(".")[2]
-        if kind == "bias" and module in _BEHIND_A_SUM:
-            return self.place.tensor.rank == 0
+        module = name.rpartition(".")[0].rpartition(".")[2]
+        if not is_held(name, self.place.tensor):
+            return False
         if module == "embed":
             return self.place.is_first or (self.place.is_last and self.whole.tied_embeddings)
         if module in _BEFORE:

@@ -15,7 +15,6 @@ from engine.config import EngineConfig
 from engine.devices import choose_device
 from engine.forward import Forward
 from engine.kv.tier import PageMemory
-from engine.machine import available_cores
 from engine.models.directory import load_eos_token_ids
 from engine.models.source import resolve_model
 from engine.parallel.group import Link, TensorGroup
@@ -91,7 +90,7 @@ class LoadedRank:
     def __init__(self, config: EngineConfig, path: Path, meeting: Meeting) -> None:
         self._meeting = meeting
         self._place = meeting.place
-        self._device = choose_device(config, int4=has_int4(config, path))
+        self._device = choose_device(config, int4=has_int4(config, path), share=meeting.share)
         self._torch_device = torch.device(self._device.name)
         self._group = self._join()
         self._ready = load(config, path, self._device, self._place, self._group)
@@ -167,9 +166,7 @@ class LoadedRank:
         """Raises ValueError, naming the setting to change, if there is room for none."""
         place, page_bytes = self._place, self._ready.page_bytes
         if config.kv.memory == "auto":
-            # Ranks that share a machine share its memory; each GPU has its own.
-            sharing = self._meeting.neighbours if self._device.name == "cpu" else 1
-            budget = int(self._device.free_bytes() * config.kv.memory_share) // sharing
+            budget = int(self._device.free_bytes() * config.kv.memory_share)
         else:
             layers = self._ready.decoder.part.whole.layers
             replica_bytes = place.tensor.size * layers * page_bytes // len(place.layers)
@@ -191,8 +188,6 @@ def load_rank(config: EngineConfig, place: Place, rendezvous: str) -> LoadedRank
     began = time.monotonic()
     path = resolve_model(config.model, config.revision)
     meeting = Meeting(place, rendezvous)
-    if config.threads == "auto":
-        config = config.model_copy(update={"threads": max(1, available_cores() // meeting.neighbours)})
     loaded = LoadedRank(config, path, meeting)
     log.info(
         "%s from %s, rank %d of %d: layers %d to %d, tensor rank %d of %d%s, %s kernels, %d threads, weights %.1f MiB; "

@@ -14,8 +14,6 @@ from torch import Tensor
 from engine.batch import Samples, TokenLogprob
 from engine.sampler import Drawn, Sampler, take_rows, unusable
 
-_IGNORED = Drawn([], [])
-
 
 class Gathering(Protocol):
     """Brings together what the ranks have."""
@@ -41,13 +39,13 @@ class RanksSampler:
     def sample(self, logits: Tensor, samples: Samples) -> Drawn:
         """See `Sampler.sample`."""
         if not len(samples):
-            return _IGNORED
+            return Drawn([], [])
         whole = sorted({*np.flatnonzero(samples.settings["temperature"]).tolist(), *samples.edits, *samples.logprobs})
         greedy = sorted(set(range(len(samples))) - set(whole))
         best = self._ranks.gather(self._largest(logits)) if greedy else None
         gathered = self._gather(logits if not greedy else logits[whole]) if whole else None
         if best is None and gathered is None:
-            return _IGNORED
+            return Drawn([], [])
         return _merged(
             len(samples),
             (greedy, Drawn([], []) if best is None else _most_probable(best[greedy])),

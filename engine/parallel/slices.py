@@ -2,8 +2,9 @@
 
 The rule is Megatron-LM's (Shoeybi et al., 2019): a layer that makes heads or inner channels is cut by rows, the one
 that takes them by columns, so that a block needs one sum over the ranks after attention and one after the MLP. The
-vocabulary is cut by rows. Norms, routers, positions and biases that are added after a sum are whole on every rank.
-Experts are dealt out whole to groups of ranks, and the ranks of a group cut theirs by inner channels (DeepSpeed-MoE).
+vocabulary is cut by rows. Norms, routers and positions are whole on every rank, biases that are added after a sum on
+the first alone. Experts are dealt out whole to groups of ranks, and the ranks of a group cut theirs by inner channels
+(DeepSpeed-MoE).
 """
 
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 from engine.models.spec import ModelSpec
 
+_BEHIND_A_SUM = ("out", "mlp_out", "shared_out")
+"""Layers of which ranks make partial sums."""
 VOCABULARY_UNIT = 32
 """A rank's rows of the vocabulary are a multiple of it: a panel of the C kernels, two tiles of a GPU's products."""
 
@@ -95,6 +98,12 @@ def slice_of(name: str, shape: tuple[int, ...], spec: ModelSpec, rank: TensorRan
             rows = (Run(experts.start * spec.hidden, experts.count * spec.hidden),)
             return Slice(rows, (_share(shape[1], unit, rank.group_size, rank.rank % rank.group_size),))
     return Slice((Run(0, shape[0]),), columns)
+
+
+def is_held(name: str, rank: TensorRank) -> bool:
+    """Whether the rank has any of the parameter `name`: a bias that is added after a sum counts once, on rank 0."""
+    module, _, kind = name.rpartition(".")
+    return rank.rank == 0 or kind != "bias" or module.rpartition(".")[2] not in _BEHIND_A_SUM
 
 
 def query_heads(spec: ModelSpec, rank: TensorRank) -> Run:

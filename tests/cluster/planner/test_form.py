@@ -1,6 +1,7 @@
 """What the planner counts is what is held: weights and pages as the engine has them, to the byte, a step bounded."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from engine.models.tiny import PATH
 from engine.quant.config import Awq, Gptq, read_quantization
 from engine.runner import LOGPROB_ROWS
 from tests.cluster.planner.models import LLAMA2_7B
+from tests.engine.models.harness import CONFIGS, make_model
+from tests.engine.parallel.pool import Cut
 
 MODEL = load_spec(PATH)
 
@@ -45,6 +48,26 @@ def test_weights_are_as_large_as_those_that_are_loaded(form: Form, quantization:
         loaded.parameters.pop(name)
     (whole,) = shares(MODEL, form, 1, 1)
     assert whole.weight_bytes(MODEL.layers, first=True, last=True) == loaded.num_bytes
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "tensor", "expert"),
+    [("llama-mha-biased-tied", 2, 1), ("gpt2", 4, 1), ("opt-350m", 2, 1), ("neox", 2, 1), ("qwen2-moe", 4, 2)],
+)
+def test_ranks_are_as_large_as_those_that_are_loaded(
+    name: str, tensor: int, expert: int, stages: int, tmp_path: Path
+) -> None:
+    """Biases that count once, tied tables at both ends, padded vocabularies, experts: rank by rank."""
+    make_model(CONFIGS[name]).save_pretrained(tmp_path)
+    spec = load_spec(tmp_path)
+    found = shares(spec, Form("float32"), tensor, expert)
+    for place in Cut(tensor, stages, expert).places(spec.layers):
+        loaded = load_parameters(tmp_path, place=place)
+        dict(loaded.parameters)
+        counted = found[place.tensor.rank]
+        num_bytes = counted.weight_bytes(len(place.layers), first=place.is_first, last=place.is_last)
+        assert num_bytes == loaded.num_bytes, place
 
 
 @pytest.mark.parametrize("int8_kv", [False, True])

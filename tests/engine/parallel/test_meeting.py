@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.errors import RanksLost
+from engine.machine import CoreShare
 from engine.parallel.meeting import Meeting
 from engine.parallel.place import Place
 from engine.parallel.slices import TensorRank
@@ -35,7 +36,7 @@ def test_an_address_of_another_form_is_told_what_is_expected(rendezvous: str) ->
 
 
 def test_ranks_of_one_machine_know_that_they_share_its_cores() -> None:
-    assert [meeting.neighbours for meeting in meet(free_port(), 3)] == [3, 3, 3]
+    assert [meeting.share for meeting in meet(free_port(), 3)] == [CoreShare(rank, 3) for rank in range(3)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -98,21 +98,25 @@ static void member(void *data) {
     region->work(region->data, &team);
 }
 
-void run_team(void (*work)(void *data, struct team *team), void *data, int64_t threads) {
-    if (threads <= 1) {
-        struct team alone = {.index = 0, .size = 1, .taken = NULL};
-        current_size = 1;
-        work(data, &alone);
+static void run_members(struct region *region, int64_t threads) {
+    if (threads > 1) {
+        GOMP_parallel(member, region, (unsigned)threads, 0);
         return;
     }
+    struct team alone = {.index = 0, .size = 1, .taken = NULL};
+    current_size = 1;
+    region->work(region->data, &alone);
+}
+
+void run_team(void (*work)(void *data, struct team *team), void *data, int64_t threads) {
     struct barrier barrier = {0};
-    struct region region = {
-        .work = work, .data = data, .barrier = &barrier, .cores = threads <= bound_count ? bound_cores : NULL};
+    const bool bind = threads <= bound_count;
+    struct region region = {.work = work, .data = data, .barrier = &barrier, .cores = bind ? bound_cores : NULL};
 #ifdef __linux__
     cpu_set_t allowed;
-    const bool bound = region.cores != NULL && sched_getaffinity(0, sizeof allowed, &allowed) == 0 && keep_to(bound_cores[0]);
+    const bool bound = bind && sched_getaffinity(0, sizeof allowed, &allowed) == 0 && keep_to(bound_cores[0]);
 #endif
-    GOMP_parallel(member, &region, (unsigned)threads, 0);
+    run_members(&region, threads);
 #ifdef __linux__
     if (bound) {
         sched_setaffinity(0, sizeof allowed, &allowed);
