@@ -80,7 +80,7 @@ def lines(program: Program, seconds: torch.Tensor, tokens: int, load: Load, kv_b
     found: dict[tuple[str, str], Line] = {}
     for note, spent in zip(program.notes, seconds.tolist(), strict=True):
         rows = tokens if note.axis == Axis.TOKENS else load.sampled
-        kind, name, num_bytes, operations = _cost(note, rows, load, kv_bytes)
+        kind, name, num_bytes, operations = _cost(note, rows / program.capacity, load, kv_bytes)
         line = found.setdefault((kind, name), Line(kind, name))
         line.calls += 1
         line.seconds += spent
@@ -89,12 +89,13 @@ def lines(program: Program, seconds: torch.Tensor, tokens: int, load: Load, kv_b
     return list(found.values())
 
 
-def _cost(note: Note, rows: int, load: Load, kv_bytes: float) -> tuple[str, str, float, float]:
-    """Kind, name, bytes that have to move and operations, of one call."""
+def _cost(note: Note, share: float, load: Load, kv_bytes: float) -> tuple[str, str, float, float]:
+    """Kind, name, bytes that have to move and operations, of one call with this share of the program's capacity."""
     fields = note.fields
-    moved = sum(_moved(note, rows))
+    moved = sum(_moved(note, share))
     if "in" in fields and "out" in fields:
         inputs, outputs = int(fields["in"]), int(fields["out"])  # type: ignore[arg-type]
+        rows = len(fields["y"]) * share  # type: ignore[arg-type]
         return "matrix products", f"{note.name} {inputs} x {outputs}", moved, 2.0 * rows * inputs * outputs
     if note.name == "attend":
         heads, head_dim = int(fields["heads"]), int(fields["head_dim"])  # type: ignore[arg-type]
@@ -103,15 +104,25 @@ def _cost(note: Note, rows: int, load: Load, kv_bytes: float) -> tuple[str, str,
     return "attention" if note.name == "write_kv" else "other kernels", note.name, moved, 0.0
 
 
-def _moved(note: Note, rows: int) -> Iterator[float]:
-    """Bytes of the call's tensors: rows of values, and the whole of parameters but for tables of rows and scratch."""
+def _moved(note: Note, share: float) -> Iterator[float]:
+    """Bytes of the call's tensors: rows of values, and the whole of parameters but for tables of rows and scratch.
+
+    Of the weights of experts those count that rows reach which fall to them evenly.
+    """
+    experts = note.fields.get("weights")
     looks_up = note.name.startswith("embed")
     for name, field in note.fields.items():
         if not isinstance(field, torch.Tensor) or name in ("k", "v", "k_scales", "v_scales", "table", "scratch"):
             continue
         if looks_up and not field.is_meta:
             continue
-        yield field.nbytes / len(field) * rows if field.is_meta else field.nbytes
+        if field.is_meta:
+            yield field.nbytes * share
+        elif name == "weight" and isinstance(experts, int) and experts > 1:
+            rows = len(note.fields["y"]) * share  # type: ignore[arg-type]
+            yield field.nbytes * (1 - (1 - 1 / experts) ** rows)
+        else:
+            yield field.nbytes
 
 
 class Profile:
@@ -122,7 +133,9 @@ class Profile:
             raise SystemExit("the C kernels are not in use here: there are no operators to time")
         self._assembly = assembly
         self._load = load
-        self._programs = (assembly.forward.program, assembly.forward.head)
+        head = assembly.forward.head
+        assert head is not None, "all of a model has one"
+        self._programs = (assembly.forward.program, head)
 
     def run(self, steps: int) -> tuple[float, list[Line]]:
         """Seconds of a step on the wall, and its operators. The engine holds enough work for `steps` steps."""

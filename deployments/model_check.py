@@ -90,7 +90,7 @@ def _check_quantization(path: Path, family: Family, spec: ModelSpec, config: Eng
 def _check_group(path: Path, family: Family, spec: ModelSpec, group: int) -> None:
     """Raises ModelError unless groups of `group` divide the input channels of every linear layer of the blocks."""
     layers = list(_layer_linears(path, family, spec))
-    columns = [piece.shape[0 if piece.transposed else 1] for _, piece in layers]
+    columns = [piece.shape[0 if piece.transposed else -1] for _, piece in layers]
     for (file, piece), number in zip(layers, columns, strict=True):
         if obstacle := group_obstacle(group, number, columns):
             raise ModelError(f"{file}: tensor {piece.source!r} has shape {piece.shape}: {obstacle}")

@@ -6,28 +6,22 @@ The composition root: the only place that knows both the deciding and the comput
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from engine.config import EngineConfig
-from engine.devices import Device, choose_device
+from engine.devices import choose_device
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.forward import Forward
-from engine.kv.cache import PagedKVCache, kv_bytes_per_token
-from engine.kv.copies import DevicePages, HostPages
-from engine.kv.keys import root_key
 from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.kv.tier import TierFactory
 from engine.limits import Limits
-from engine.models.decoder import Decoder
-from engine.models.directory import find_quantization, load_eos_token_ids
-from engine.models.identity import model_identity
-from engine.models.loader import load_parameters
+from engine.models.directory import load_eos_token_ids
 from engine.models.source import resolve_model
 from engine.models.spec import ModelSpec
+from engine.ready import ReadyModel, has_int4, load
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 
@@ -60,78 +54,45 @@ def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Asse
     """`build_engine`, with the parts."""
     began = time.monotonic()
     path = resolve_model(config.model, config.revision)
-    device = choose_device(config, int4=_has_int4(config, path))
-    # Weights become fp8 in the kernels' own preparation, not on the way from the file.
-    scheme = "auto" if config.quantization == "fp8" else config.quantization
-    loaded = load_parameters(path, config.dtype, device.name, quantization=scheme, group=config.quantization_group)
-    backend = device.backend(loaded)
-    decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
-    kv_dtype = torch.int8 if _has_int8_kv(config, path, device) else decoder.dtype
-    kv = _plan_kv(config, decoder.spec, kv_dtype, device)
-    cache = PagedKVCache(
-        decoder.spec,
-        kv.num_pages + device.spare_pages,
-        device.page_tokens,
-        kv_dtype,
-        device.name,
-        backend.kv_layout,
-    )
-    forward = backend.forward(decoder, cache)
+    device = choose_device(config, int4=has_int4(config, path))
+    ready = load(config, path, device)
+    spec, kv = ready.decoder.spec, _plan_kv(config, ready)
+    cache = ready.cache(kv.num_pages)
+    forward = ready.backend.forward(ready.decoder, cache)
     log.info(
         "%s from %s: %s, %s kernels, %d threads, weights %s, %s KV %s in %d pages of %d tokens, "
         "up to %d tokens a sequence; %.1f s",
         config.model,
         path,
-        str(decoder.dtype).removeprefix("torch."),
-        backend.name,
+        str(ready.decoder.dtype).removeprefix("torch."),
+        ready.backend.name,
         torch.get_num_threads(),
-        _mebibytes(loaded.num_bytes),
-        str(kv_dtype).removeprefix("torch."),
+        _mebibytes(ready.weight_bytes),
+        str(ready.kv_dtype).removeprefix("torch."),
         _mebibytes(kv.num_bytes),
         kv.num_pages,
         device.page_tokens,
         kv.max_model_len,
         time.monotonic() - began,
     )
-    namespace = _namespace(config, path, cache, decoder.dtype, backend.name)
-    memory = HostPages(cache) if device.name == "cpu" else DevicePages(cache)
-    tier = None if make_tier is None else make_tier(namespace, memory)
+    tier = None if make_tier is None else make_tier(ready.namespace, ready.memory(cache))
     engine = Engine(
         Scheduler(config.scheduler, PagePool(kv.num_pages), device.page_tokens, tier=tier),
         LocalExecutor(Runner(forward, device.page_tokens, device.sampler())),
-        Limits(kv.max_model_len, decoder.spec.vocab_size),
+        Limits(kv.max_model_len, spec.vocab_size),
         eos_token_ids=load_eos_token_ids(path),
         model_path=path,
         prefix_caching=config.kv.prefix_caching,
-        namespace=namespace.hex(),
+        namespace=ready.namespace.hex(),
     )
-    return Assembly(engine, forward, decoder.spec, kv_dtype, loaded.num_bytes)
+    return Assembly(engine, forward, spec, ready.kv_dtype, ready.weight_bytes)
 
 
-def _namespace(config: EngineConfig, path: Path, cache: PagedKVCache, dtype: torch.dtype, kernels: str) -> bytes:
-    """Equal only for engines whose pages mean the same (32 bytes): all that a page depends on besides its tokens."""
-    facts = (cache.dtype, cache.layout, cache.page_tokens, cache.page_bytes, dtype, kernels)
-    choices = (config.quantization, config.quantization_group, config.deterministic)
-    return root_key(model_identity(path).hex(), *map(str, facts), *map(str, choices))
-
-
-def _has_int4(config: EngineConfig, path: Path) -> bool:
-    layout = find_quantization(path)
-    return config.quantization == "w4a16" or (layout is not None and layout.scheme != "w8a8")
-
-
-def _has_int8_kv(config: EngineConfig, path: Path, device: Device) -> bool:
-    if config.kv.dtype != "auto":
-        return config.kv.dtype == "int8"
-    # A GPU's fastest attention does not read int8; on a CPU it costs less accuracy than any quantized weight.
-    return device.name == "cpu" and (config.quantization != "auto" or find_quantization(path) is not None)
-
-
-def _plan_kv(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: Device) -> KVPlan:
-    memory = config.kv.memory
+def _plan_kv(config: EngineConfig, ready: ReadyModel) -> KVPlan:
+    memory, device, spec = config.kv.memory, ready.device, ready.decoder.spec
     return plan_kv(
         budget_bytes=int(device.free_bytes() * config.kv.memory_share) if memory == "auto" else memory,
-        bytes_per_token=kv_bytes_per_token(spec, dtype),
+        bytes_per_token=ready.page_bytes // device.page_tokens,
         page_tokens=device.page_tokens,
         max_sequences=config.scheduler.max_sequences,
         model_max_len=spec.max_position,

@@ -6,7 +6,7 @@ Imports a device's kernels only when that device is chosen.
 import logging
 from concurrent.futures import Future
 from threading import Thread
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -17,8 +17,9 @@ from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import missing_kernel
 from engine.kernels.cpu.threads import bind_threads
 from engine.kernels.cpu.vocabulary import CpuReductions
-from engine.machine import available_bytes, available_cores
+from engine.machine import ALONE, CoreShare, available_bytes, available_cores
 from engine.models.spec import ModelSpec
+from engine.parallel.group import TensorGroup
 from engine.runner import LOGPROB_ROWS
 from engine.sampler import Sampler
 
@@ -30,6 +31,16 @@ log = logging.getLogger(__name__)
 CPU_PAGE_TOKENS = 16
 
 
+LEAST_RANK_BYTES = 2**16
+
+
+class HostGroup(NamedTuple):
+    """The ranks that share a model's layers, and what one of them brings to the others at once, at most."""
+
+    tensor: TensorGroup
+    rank_bytes: int
+
+
 class Device(Protocol):
     """One kind of device, with what the configuration leaves open resolved."""
 
@@ -39,11 +50,11 @@ class Device(Protocol):
     spare_pages: int
     """Pages that the cache needs beyond those of its pool."""
 
-    def backend(self, loaded: "LoadedModel") -> Backend:
-        """The kernels that this model runs on."""
+    def backend(self, loaded: "LoadedModel", group: TensorGroup | None = None) -> Backend:
+        """The kernels that this model runs on; `group` are the ranks that share its layers, where there are any."""
 
     def free_bytes(self) -> int:
-        """Memory that nobody has taken yet."""
+        """Memory that nobody has taken yet; of what several processes share, this one's part."""
 
     def sampler(self) -> Sampler:
         """Called by the thread that will run the steps."""
@@ -55,9 +66,10 @@ class Cpu:
     name = "cpu"
     spare_pages = 0
 
-    def __init__(self, config: EngineConfig, *, int4: bool) -> None:
-        """Sets torch's threads and begins to compile."""
-        self.threads = available_cores() if config.threads == "auto" else config.threads
+    def __init__(self, config: EngineConfig, *, int4: bool, share: CoreShare = ALONE) -> None:
+        """Sets torch's threads and begins to compile. Threads that are left to "auto" are this process's `share`."""
+        self.threads = max(1, available_cores() // share.count) if config.threads == "auto" else config.threads
+        self._share = share
         self.page_tokens = CPU_PAGE_TOKENS if config.kv.page_tokens == "auto" else config.kv.page_tokens
         self._scheduler = config.scheduler
         self._deterministic = config.deterministic
@@ -66,7 +78,7 @@ class Cpu:
         self._library: Future[Library | None] = Future()
         Thread(target=self._compile, name="compile-kernels", daemon=True).start()
 
-    def backend(self, loaded: "LoadedModel") -> Backend:
+    def backend(self, loaded: "LoadedModel", group: TensorGroup | None = None) -> Backend:
         backend = choose_backend(
             self._library.result(),
             loaded.dtype,
@@ -75,20 +87,28 @@ class Cpu:
             self.threads,
             self._scheduler,
             deterministic=self._deterministic,
+            group=None if group is None else HostGroup(group, self._rank_bytes(loaded)),
         )
         if self._deterministic and (reason := _chunk_dependence(backend, loaded.spec)):
             raise ValueError(f"deterministic results are not to be had here: {reason}")
         return backend
 
     def free_bytes(self) -> int:
-        return available_bytes()
+        return available_bytes() // self._share.count
 
     def sampler(self) -> Sampler:
         library = self._library.result()
         if library is None:
             return Sampler()
-        bind_threads(library, self.threads)
+        bind_threads(library, self.threads, self._share)
         return Sampler(CpuReductions(library, self.threads))
+
+    def _rank_bytes(self, loaded: "LoadedModel") -> int:
+        """What a rank brings to the others at most: the hidden states of a step, or the logits of one row."""
+        part = loaded.part
+        width = max(part.whole.hidden, part.whole.embedding_dim or 0)
+        hidden = self._scheduler.max_batch_tokens * width * loaded.dtype.itemsize
+        return max(hidden, torch.float32.itemsize * part.vocabulary_rows, LEAST_RANK_BYTES)
 
     def _compile(self) -> None:
         try:
@@ -109,7 +129,7 @@ class Cuda:
         self.spare_pages = SPARE_PAGES
         self._config = config
 
-    def backend(self, loaded: "LoadedModel") -> Backend:
+    def backend(self, loaded: "LoadedModel", group: TensorGroup | None = None) -> Backend:
         from engine.kernels.cuda.backend import CudaBackend
 
         return CudaBackend(
@@ -117,6 +137,7 @@ class Cuda:
             max_sequences=self._config.scheduler.max_sequences,
             page_tokens=self.page_tokens,
             fp8=self._config.quantization == "fp8",
+            ranks=None if group is None else group.sum,
         )
 
     def free_bytes(self) -> int:
@@ -128,10 +149,10 @@ class Cuda:
         return Sampler()
 
 
-def choose_device(config: EngineConfig, *, int4: bool) -> Device:
+def choose_device(config: EngineConfig, *, int4: bool, share: CoreShare = ALONE) -> Device:
     """The device that the configuration names; "auto" is a GPU where there is one. Raises ValueError.
 
-    `int4` is whether it has to multiply by weights of 4 bits.
+    `int4` is whether it has to multiply by weights of 4 bits. A CPU takes `share` of the cores; a GPU is one process's.
     """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -142,7 +163,7 @@ def choose_device(config: EngineConfig, *, int4: bool) -> Device:
         return Cuda(config)
     if config.quantization == "fp8":
         raise ValueError('quantization "fp8" needs a CUDA device; on a CPU use "w8a8"')
-    return Cpu(config, int4=int4)
+    return Cpu(config, int4=int4, share=share)
 
 
 def choose_backend(
@@ -154,16 +175,21 @@ def choose_backend(
     scheduler: SchedulerConfig,
     *,
     deterministic: bool = False,
+    group: HostGroup | None = None,
 ) -> CpuBackend | ReferenceBackend:
     """The C kernels where they were compiled and know the model, else plain torch."""
-    if library is None:
-        return ReferenceBackend()
-    if reason := missing_kernel(dtype, head_dim, page_tokens):
+    reason = None if library is None else missing_kernel(dtype, head_dim, page_tokens)
+    if reason is not None:
         log.warning("%s; the slower reference kernels run", reason)
-        return ReferenceBackend()
-    max_rows = max(scheduler.max_sequences, LOGPROB_ROWS)
+    if library is None or reason is not None:
+        return ReferenceBackend(None if group is None else group.tensor.sum)
     return CpuBackend(
-        library, threads, max_tokens=scheduler.max_batch_tokens, max_rows=max_rows, deterministic=deterministic
+        library,
+        threads,
+        max_tokens=scheduler.max_batch_tokens,
+        max_rows=max(scheduler.max_sequences, LOGPROB_ROWS),
+        deterministic=deterministic,
+        ranks=None if group is None else group.tensor.in_program(library, threads, group.rank_bytes),
     )
 
 

@@ -1,9 +1,21 @@
 """What of this machine the process may use: cores and memory. Reads the operating system; decides nothing."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class CoreShare:
+    """One of several processes that know of each other and may use the same cores and memory."""
+
+    index: int
+    count: int
+
+
+ALONE = CoreShare(0, 1)
 
 
 def available_cores() -> int:

@@ -185,6 +185,17 @@ def test_deciding_side_imports_no_torch(side: str) -> None:
             assert not chains, " -> ".join(next(iter(chains.values())))
 
 
+@pytest.mark.parametrize(
+    "pure", ["cluster.planner", "engine.parallel.slices", "engine.parallel.place", "engine.parallel.part"]
+)
+def test_planning_imports_neither_torch_nor_ray(pure: str) -> None:
+    """Anybody may ask for a plan, on a machine that has neither."""
+    for name in modules():
+        if within(name, pure):
+            chains = [chain for target, chain in reaches(name).items() if within(target, "torch", "ray", "numpy")]
+            assert not chains, " -> ".join(chains[0])
+
+
 def test_tensor_side_never_imports_the_scheduler() -> None:
     for name in modules():
         if within(name, *TENSOR_SIDE, "engine.sampling"):

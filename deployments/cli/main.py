@@ -25,6 +25,7 @@ COMMANDS = {
         "Run a file of prompts through a model, offline, resumable.",
     ),
     "quantize": ("deployments.cli.quantize", "quantize", "Write a copy of a model in 8 or 4 bits."),
+    "plan": ("deployments.cli.plan", "plan", "Lay a model out over accelerators: bytes of every rank, before a start."),
     "bench": ("deployments.cli.bench", "bench", "Measure a running endpoint: throughput and latencies under load."),
     "version": ("deployments.cli.main", "print_version", "Print the version."),
 }
@@ -37,6 +38,7 @@ EPILOG = """
   manta chat\n
   echo "Tell me a story." | manta chat\n
   manta generate manta-tiny --prompts in.jsonl --out out.jsonl\n
+  manta plan ./my-model --nodes 2*8x80GiB\n
   manta bench --num-prompts 64 --concurrency 8
 
 [bold]Exit codes[/bold]

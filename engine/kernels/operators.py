@@ -20,6 +20,29 @@ Linear = Callable[[Tensor], Tensor]
 """[T, in] to [T, out]."""
 Embedding = Callable[[Tensor], Tensor]
 """[T] int64 row numbers to [T, width]."""
+ExpertLinear = Callable[[Tensor, Tensor], Tensor]
+"""[R, in] rows that lie expert by expert, and [experts + 1] int64 where those of each begin, to [R, out]. What comes of
+rows behind the last expert's means nothing."""
+RanksSum = Callable[[Tensor], Tensor]
+"""See `Operators.sum_over_ranks`."""
+Experts = Callable[[Tensor, Tensor], Tensor]
+"""[T, hidden] and router logits [T, experts] float32 to [T, hidden]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts a token runs, with what weights, and which of them are here."""
+
+    experts: int
+    """All there are: as many as a token has logits."""
+    per_token: int
+    """Of the largest logits, equal ones by rising number. A weight is the softmax over all experts, in float32."""
+    renormalised: bool
+    """Whether the weights of a token's experts are made to add up to 1."""
+    held: range
+    """The experts whose weights are here; results of others are for whoever holds them to add. Ranks that share a model
+    all have every token, so that each runs its own experts on them and one sum brings the results together: no token
+    has to travel to its experts and back (all-to-all), as it does where ranks have tokens of their own."""
 
 
 class QKNorm(NamedTuple):
@@ -103,14 +126,36 @@ class Operators(Protocol):
         With `gate` the weight's rows are [gate; up], and the result is `gate(x) * up` (Shazeer, 2020), [T, out / 2].
         """
 
-    def embedding(self, table: Tensor) -> Embedding:
-        """Prepares a lookup of rows of [rows, width], in the table's dtype."""
+    def expert_linear(
+        self, weight: Weight, experts: int, *, gate: Activation | None = None, out_dtype: torch.dtype | None = None
+    ) -> ExpertLinear:
+        """Prepares `linear` for weights of one shape that lie one below the other, one for each expert."""
 
-    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+    def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
+        """Prepares a mixture of experts: `outer(inner(x))` of each of a token's experts, summed by their weights.
+
+        `expert_linear` made both for the held experts, `outer` with float32 results. The sum has a fixed order, so that
+        a token's result does not depend on the tokens beside it.
+        """
+
+    def embedding(self, table: Tensor, held: range | None = None) -> Embedding:
+        """Prepares a lookup of rows of [rows, width], in the table's dtype.
+
+        With `held`, the table's first rows are those of these ids, and the rows of all others are zeros.
+        """
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype, held: range | None = None) -> Embedding:
         """A lookup of the rows of the weight of `head`, which `linear` made: nothing is held twice."""
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, which all of them call with one shape: the same bits for each. It may take the
+        place of x. Where no other rank has a part of the model it is x itself, and costs nothing."""
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b of one shape."""
+
+    def add_gated(self, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+        """a + sigmoid(gate) * b, a and b of one shape, with a gate for each token: [T, 1] float32."""
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """[T, ...] to [R, ...]: the rows `Wanted.rows` of x, contiguous."""

@@ -2,16 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operators import AttentionLayout, Embedding, Linear, QKNorm
+from engine.kernels.operators import (
+    AttentionLayout,
+    Embedding,
+    ExpertLinear,
+    Experts,
+    Linear,
+    QKNorm,
+    RanksSum,
+    Routing,
+)
 from engine.kernels.paged_sdpa import ChunkKeys, DecodeKeys, group_decodes
+from engine.kernels.routing import TableExperts
 from engine.kv.cache import KVPages
 from engine.models.spec import Activation
-from engine.quant.weights import Int4Weight, Int8Weight, Weight
+from engine.quant.weights import Int4Weight, Int8Weight, Weight, rows_of
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -24,6 +35,10 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class ReferenceOperators:
     """`engine.kernels.Operators` on any torch device and dtype."""
 
+    def __init__(self, ranks: RanksSum | None = None) -> None:
+        """`ranks` adds up what the ranks of a model have; None: there is one."""
+        self._ranks = ranks
+
     def linear(
         self,
         weight: Weight,
@@ -34,16 +49,30 @@ class ReferenceOperators:
     ) -> Linear:
         return ReferenceLinear(weight, bias, gate, out_dtype)
 
-    def embedding(self, table: Tensor) -> Embedding:
-        return lambda ids: F.embedding(ids, table)
+    def expert_linear(
+        self, weight: Weight, experts: int, *, gate: Activation | None = None, out_dtype: torch.dtype | None = None
+    ) -> ExpertLinear:
+        return ReferenceExpertLinear(weight, experts, gate, out_dtype)
 
-    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+    def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
+        return TableExperts(routing, inner, outer)
+
+    def embedding(self, table: Tensor, held: range | None = None) -> Embedding:
+        return held_rows(lambda ids: F.embedding(ids, table), held)
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype, held: range | None = None) -> Embedding:
         assert isinstance(head, ReferenceLinear)
         weight = head.weight
-        return lambda ids: weight_rows(weight, ids, dtype)
+        return held_rows(lambda ids: weight_rows(weight, ids, dtype), held)
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        return x if self._ranks is None else self._ranks(x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+    def add_gated(self, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+        return (a + gate.sigmoid() * b).to(a.dtype)
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x.index_select(0, rows)
@@ -94,6 +123,36 @@ class ReferenceLinear:
             assert isinstance(self.weight, Int4Weight), f"activations of {dtype} meet a dense weight of another dtype"
             self._dense = self.weight.dequantize().to(dtype)
         return self._dense
+
+
+class ReferenceExpertLinear:
+    """A linear layer for each expert, on its own rows."""
+
+    def __init__(self, weight: Weight, experts: int, gate: Activation | None, out_dtype: torch.dtype | None) -> None:
+        rows = weight.shape[0] // experts
+        parts = [rows_of(weight, index * rows, (index + 1) * rows) for index in range(experts)]
+        self._linears = [ReferenceLinear(each, None, gate, out_dtype) for each in parts]
+        self._width = rows if gate is None else rows // 2
+        self._out_dtype = out_dtype
+
+    def __call__(self, x: Tensor, offsets: Tensor) -> Tensor:
+        y = x.new_zeros(len(x), self._width, dtype=self._out_dtype or x.dtype)
+        for linear, (begin, end) in zip(self._linears, pairwise(offsets.tolist()), strict=True):
+            if begin < end:
+                y[begin:end] = linear(x[begin:end])
+        return y
+
+
+def held_rows(look_up: Embedding, held: range | None) -> Embedding:
+    """A lookup in a table whose first rows are those of the held ids: zeros for any other; None holds all."""
+    if held is None:
+        return look_up
+
+    def look_up_held(ids: Tensor) -> Tensor:
+        is_held = (ids >= held.start) & (ids < held.stop)
+        return look_up(torch.where(is_held, ids - held.start, 0)).masked_fill(~is_held.unsqueeze(1), 0.0)
+
+    return look_up_held
 
 
 def multiply_int8(x: Tensor, weight: Int8Weight) -> Tensor:

@@ -7,12 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine.kv.sizing import layer_bytes_per_token
 from engine.memory import reserve
 from engine.models.spec import ModelSpec
-
-SCALE_BYTES = 4
-"""A float32 scale for each token and head of an int8 cache."""
-
 
 WORD_TOKENS = 16
 """Pages of words hold a multiple of so many tokens."""
@@ -43,8 +40,7 @@ class KVPages(NamedTuple):
 
 def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token keeps in a cache of this dtype, over all layers."""
-    head_bytes = spec.head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
-    return spec.layers * 2 * spec.kv_heads * head_bytes
+    return spec.layers * layer_bytes_per_token(spec.kv_heads, spec.head_dim, dtype.itemsize, scaled=dtype == torch.int8)
 
 
 class PagedKVCache:

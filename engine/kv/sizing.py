@@ -4,6 +4,14 @@ from dataclasses import dataclass
 
 from engine.config import Auto
 
+SCALE_BYTES = 4
+"""A float32 scale for each token and head of an int8 cache."""
+
+
+def layer_bytes_per_token(kv_heads: int, head_dim: int, item_bytes: int, *, scaled: bool) -> int:
+    """Bytes of keys and values that one token keeps in one layer; `scaled` is with a scale for each of its heads."""
+    return 2 * kv_heads * (head_dim * item_bytes + (SCALE_BYTES if scaled else 0))
+
 
 @dataclass(frozen=True, slots=True)
 class KVPlan:

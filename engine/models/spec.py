@@ -80,6 +80,22 @@ class LearnedPositions:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A mixture of gated MLPs in place of one: each token runs those that its router scores highest."""
+
+    count: int
+    per_token: int
+    intermediate: int
+    """Of each expert."""
+    renormalised: bool
+    """Whether the weights of a token's experts are made to add up to 1."""
+    shared_intermediate: int = 0
+    """Of an expert that every token runs besides; 0: there is none."""
+    shared_gate: bool = False
+    """Whether the shared expert's result is weighed by a sigmoid of its own."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One decoder-only transformer."""
 
@@ -112,6 +128,8 @@ class ModelSpec:
     tied_embeddings: bool = False
     attention_scale: float | None = None
     """Multiplies the scores; None is `head_dim ** -0.5`."""
+    experts: ExpertsSpec | None = None
+    """Of every layer, in place of the MLP."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -153,16 +171,18 @@ class ModelSpec:
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         attention = self.heads * self.head_dim
-        mlp_rows = self.intermediate * (2 if self.gated_mlp else 1)
         shapes = self._norm_shapes("attention_norm")
         shapes |= _linear_shapes("qkv", self.qkv_rows, self.hidden, self.qkv_bias)
         if self.qk_norm:
             shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
         shapes |= _linear_shapes("out", self.hidden, attention, self.out_bias)
         shapes |= self._norm_shapes("mlp_norm")
-        shapes |= _linear_shapes("mlp_in", mlp_rows, self.hidden, self.mlp_bias)
-        shapes |= _linear_shapes("mlp_out", self.hidden, self.intermediate, self.mlp_bias)
-        return shapes
+        return shapes | (self._mlp_shapes() if self.experts is None else _expert_shapes(self.experts, self.hidden))
+
+    def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
+        rows = self.intermediate * (2 if self.gated_mlp else 1)
+        shapes = _linear_shapes("mlp_in", rows, self.hidden, self.mlp_bias)
+        return shapes | _linear_shapes("mlp_out", self.hidden, self.intermediate, self.mlp_bias)
 
     def _norm_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (self.hidden,)}
@@ -175,4 +195,19 @@ def _linear_shapes(name: str, rows: int, columns: int, bias: bool) -> dict[str, 
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
     if bias:
         shapes[f"{name}.bias"] = (rows,)
+    return shapes
+
+
+def _expert_shapes(experts: ExpertsSpec, hidden: int) -> dict[str, tuple[int, ...]]:
+    """The experts' matrices one below the other, each of theirs as `mlp_in` and `mlp_out` of a gated MLP."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "router.weight": (experts.count, hidden),
+        "experts_in.weight": (experts.count * 2 * experts.intermediate, hidden),
+        "experts_out.weight": (experts.count * hidden, experts.intermediate),
+    }
+    if experts.shared_intermediate:
+        shapes["shared_in.weight"] = (2 * experts.shared_intermediate, hidden)
+        shapes["shared_out.weight"] = (hidden, experts.shared_intermediate)
+    if experts.shared_gate:
+        shapes["shared_gate.weight"] = (1, hidden)
     return shapes

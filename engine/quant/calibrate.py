@@ -54,22 +54,27 @@ class RecordingOperators(ReferenceOperators):
 def activation_ranges(
     path: Path, prompts: Iterable[Sequence[int]], max_tokens: int, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Ranges]:
-    """Ranges of the input and of the weight of every linear layer, by parameter name.
+    """Ranges of the input and of the weight of every linear layer but experts, by parameter name.
 
     Runs prompts of at most `max_tokens` tokens; calls `advance` after each. Needs memory for the whole model in its
     own type. Raises ModelError.
     """
     loaded = load_parameters(path)
-    linears = {name: weight for name, weight in loaded.parameters.items() if is_layer_linear(name)}
+    linears = {name: weight for name, weight in loaded.parameters.items() if _is_watched(name)}
     weights = {name: column_ranges(_blocks(weight), weight.shape[1]) for name, weight in linears.items()}
     operators = RecordingOperators({id(weight): name for name, weight in linears.items()})
-    decoder = Decoder(loaded.spec, loaded.parameters, operators, loaded.dtype)
+    decoder = Decoder(loaded.part, loaded.parameters, operators, loaded.dtype)
     forward = EagerForward(decoder, PagedKVCache(loaded.spec, pages_of(max_tokens), PAGE_TOKENS, loaded.dtype))
     with torch.inference_mode():
         for prompt in prompts:
             forward.hidden(torch.tensor(prompt), prompt_layout(len(prompt)))
             advance()
     return {name: Ranges(operators.largest[name], weights[name]) for name in linears}
+
+
+def _is_watched(parameter: str) -> bool:
+    """Experts are not: each sees a few of the tokens, and nothing before them is theirs alone to take a factor."""
+    return is_layer_linear(parameter) and "experts_" not in parameter
 
 
 def _blocks(weight: Weight) -> Iterable[Tensor]:

@@ -35,7 +35,7 @@ from engine.quant.writer import Entry, SafetensorsWriter
 WEIGHTS = "model.safetensors"
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 _NOT_COPIED = (CONFIG, "model.safetensors.index.json")
-_DENSE_LINEARS = ("head.weight", "project_in.weight", "project_out.weight")
+_DENSE_LINEARS = ("head.weight", "project_in.weight", "project_out.weight", "router.weight", "shared_gate.weight")
 _NO_SCALING = Scaling()
 
 
@@ -87,6 +87,11 @@ class Exporter:
             if piece.transposed:
                 raise ModelError(
                     f"{source}: {piece.source!r} is stored as [in, out], which compressed-tensors does not know; "
+                    f"quantize such a model as it is loaded: --quantization {target.scheme}"
+                )
+            if len(piece.shape) != 2:
+                raise ModelError(
+                    f"{source}: {piece.source!r} holds all experts at once, which compressed-tensors does not know; "
                     f"quantize such a model as it is loaded: --quantization {target.scheme}"
                 )
         if target.scheme == "w4a16":
@@ -194,9 +199,8 @@ class Exporter:
     def _write_config(self, out: Path) -> None:
         config = read_json(self._source / CONFIG)
         # Others hold these as linear layers, which they would take for quantized; a tied head has no tensor to tell it.
-        ignored = {
-            name.removesuffix(".weight") for name, piece in self._pieces.items() if piece.target in _DENSE_LINEARS
-        }
+        dense = (name for name, piece in self._pieces.items() if piece.target.endswith(_DENSE_LINEARS))
+        ignored = {name.removesuffix(".weight") for name in dense}
         config["quantization_config"] = quantization_config(self._target, sorted({"lm_head", *ignored}))
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

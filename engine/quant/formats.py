@@ -60,7 +60,8 @@ def is_quantized(layout: CheckpointFormat, names: Collection[str], module: str) 
 def tensor_names(names: Collection[str], module: str) -> set[str]:
     """Those of the checkpoint's tensors that describe the quantized weight of a layer."""
     suffixes = ("qweight", "qzeros", "scales", "g_idx", "weight", "weight_packed", "weight_scale", "weight_zero_point")
-    return {f"{module}.{suffix}" for suffix in (*suffixes, "weight_shape", "weight_g_idx")} & set(names)
+    described = (f"{module}.{suffix}" for suffix in (*suffixes, "weight_shape", "weight_g_idx"))
+    return {name for name in described if name in names}
 
 
 def read_linear(layout: CheckpointFormat, source: TensorSource, linear: QuantizedLinear) -> Int8Weight | Int4Weight:

@@ -1,8 +1,9 @@
 """Which parameters of a decoder a scheme quantizes, and into what. Pure: knows names and shapes, no tensors.
 
-All linear layers of the blocks take the scheme's form. The head, which is the largest matrix of a decode step, is held
-in 8 bits under both schemes; where it is tied, so is the embedding, whose rows are looked up in it. Norms, biases,
-positions and OPT's embedding projections stay as they are.
+All linear layers of the blocks take the scheme's form, but for routers and the gates of shared experts, which are small
+and decide what becomes of everything else. The head, which is the largest matrix of a decode step, is held in 8 bits
+under both schemes; where it is tied, so is the embedding, whose rows are looked up in it. Norms, biases, positions and
+OPT's embedding projections stay as they are.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ Kind = Literal["dense", "int8", "int4"]
 
 GROUPS = (32, 64, 128)
 """Sizes of a 4-bit group that can be asked for."""
-_LINEARS = ("qkv", "out", "mlp_in", "mlp_out")
+_LINEARS = ("qkv", "out", "mlp_in", "mlp_out", "experts_in", "experts_out", "shared_in", "shared_out")
 _LINEAR_KIND: dict[Scheme, Kind] = {"w8a8": "int8", "w4a16": "int4"}
 
 
@@ -36,6 +37,16 @@ def kind_of(parameter: str, spec: ModelSpec, scheme: Scheme | None) -> Kind:
     if parameter == head_parameter(spec):
         return "int8"
     return _LINEAR_KIND[scheme] if is_layer_linear(parameter) else "dense"
+
+
+def unit_of(scheme: Scheme | None, group: int) -> int:
+    """Input channels of a layer that stay together when it is cut: those that share a scale in 4 bits.
+
+    A `group` of -1 is all of a layer's, whose scale every part has; kernels take these in steps.
+    """
+    if scheme != "w4a16":
+        return 1
+    return group if group > 0 else GROUPS[0]
 
 
 def group_obstacle(group: int, columns: int, all_columns: Iterable[int]) -> str | None:

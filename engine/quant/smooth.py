@@ -37,20 +37,23 @@ def smoothing(spec: ModelSpec, ranges: Mapping[str, Ranges], alpha: float) -> di
     """Factors by parameter name; `ranges` by the name of the layers' linear weights.
 
     Smoothed is what is linear in the parameters before it: what follows a norm of a block that normalises first, values
-    before the output projection, and the up projection of a gated MLP or of one with ReLU, which positive factors pass.
+    before the output projection, and the up projection of a gated MLP or of one with ReLU, which positive factors pass;
+    of a mixture of experts, nothing.
     """
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
+    has_mlp = spec.experts is None  # Otherwise the norm before it is the router's too, and no expert has all tokens.
+    smoothed = (("attention_norm", "qkv"), *((("mlp_norm", "mlp_in"),) if has_mlp else ()))
     for prefix in (f"layers.{layer}." for layer in range(spec.layers)):
         if spec.block != "post":  # There the norm's result is the residual too.
-            for norm, linear in (("attention_norm", "qkv"), ("mlp_norm", "mlp_in")):
+            for norm, linear in smoothed:
                 factors = _factors(ranges[f"{prefix}{linear}.weight"], alpha)
                 columns[f"{prefix}{linear}.weight"] = factors
                 rows[f"{prefix}{norm}.weight"] = rows[f"{prefix}{norm}.bias"] = 1 / factors
         factors, value_rows = _value_factors(spec, ranges[f"{prefix}out.weight"], alpha)
         columns[f"{prefix}out.weight"] = factors
         rows[f"{prefix}qkv.weight"] = rows[f"{prefix}qkv.bias"] = value_rows
-        if spec.gated_mlp or spec.activation == "relu":
+        if has_mlp and (spec.gated_mlp or spec.activation == "relu"):
             factors = _factors(ranges[f"{prefix}mlp_out.weight"], alpha)
             columns[f"{prefix}mlp_out.weight"] = factors
             gate = torch.ones_like(factors) if spec.gated_mlp else torch.ones(0)

@@ -82,3 +82,13 @@ Weight = Tensor | Int8Weight | Int4Weight
 def weight_bytes(weight: Weight) -> int:
     """Bytes that it is held in."""
     return weight.nbytes if isinstance(weight, Tensor) else weight.num_bytes
+
+
+def rows_of(weight: Weight, first: int, last: int) -> Weight:
+    """Rows [first, last) of a weight; nothing is copied."""
+    if isinstance(weight, Tensor):
+        return weight[first:last]
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.values[first:last], weight.scale[first:last])
+    zero = None if weight.zero is None else weight.zero[first:last]
+    return Int4Weight(weight.packed[first:last], weight.scale[first:last], zero, weight.order)

@@ -46,6 +46,15 @@ def test_a_group_that_does_not_fit_is_refused_in_the_replicas_words(name: str, t
     assert check_model(asking(folder, quantization="w8a8")) == folder
 
 
+def test_experts_in_one_tensor_are_judged_as_those_apart(tmp_path: Path) -> None:
+    make_model(CONFIGS["mixtral"]).save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(ModelError, match=r"down_proj.*48 input channels are no multiple of the group of 32") as early:
+        check_model(asking(tmp_path, quantization="w4a16", quantization_group=32))
+    with pytest.raises(ModelError) as late:
+        load_parameters(tmp_path, quantization="w4a16", group=32)
+    assert str(early.value) == str(late.value)
+
+
 def test_a_group_that_fits_is_let_through() -> None:
     built_in = resolve_model("manta-tiny")
     for group in (32, 64, 128):

@@ -36,7 +36,27 @@ def pack_linear(
 
     Raises ValueError for a shape and TypeError for a dtype that has no kernel.
     """
-    layer = _Layer(target, weight, bias, gate, out_dtype)
+    return _pack(_Layer(target, weight, bias, gate, out_dtype), weight)
+
+
+def pack_experts(
+    target: Target,
+    weight: Weight,
+    experts: int,
+    *,
+    gate: Activation | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> "PackedLinear":
+    """As `pack_linear` of the weights of several experts, one below the other: the call takes `offsets`.
+
+    Raises ValueError also for int4 weights whose input channels are in another order.
+    """
+    if isinstance(weight, Int4Weight) and weight.order is not None:
+        raise ValueError("experts in 4 bits whose input channels are in another order (act-order) have no kernel")
+    return _pack(_Layer(target, weight, None, gate, out_dtype, weights=experts), weight)
+
+
+def _pack(layer: "_Layer", weight: Weight) -> "PackedLinear":
     if isinstance(weight, Int8Weight):
         return Int8Linear(layer, weight)
     if isinstance(weight, Int4Weight):
@@ -54,14 +74,20 @@ class _Layer:
         bias: Tensor | None,
         gate: Activation | None,
         out_dtype: torch.dtype | None,
+        weights: int = 1,
     ) -> None:
-        self.out, self.columns = weight.shape
+        """`weights` lie in `weight` one below the other."""
+        rows, self.columns = weight.shape
+        if rows % weights:
+            raise ValueError(f"{rows} rows are not {weights} weights of one height")
+        self.weights = weights
+        self.out = rows // weights
         if gate is not None and self.out % 2:
             raise ValueError(f"a gated weight is [gate; up] of equal heights; this one has {self.out} rows")
         self.target = target
         self.gate = gate
         self.out_dtype = out_dtype
-        self.bias = None if bias is None else panel_order(bias.to(torch.float32), gated=self.gated)
+        self.bias = None if bias is None else self.in_panels(bias)
 
     @property
     def gated(self) -> bool:
@@ -69,10 +95,17 @@ class _Layer:
 
     @property
     def panels(self) -> int:
+        """Of each weight."""
         return math.ceil(self.out // 2 / (PANEL // 2)) if self.gated else math.ceil(self.out / PANEL)
 
-    def multiply(self, operation: str, x: Tensor, **fields: Field) -> Tensor:
+    def in_panels(self, columns: Tensor) -> Tensor:
+        """One float32 for each row of the weights, in the order of `panel_order`, weight after weight."""
+        parts = columns.to(torch.float32).reshape(self.weights, self.out)
+        return torch.cat([panel_order(part, gated=self.gated) for part in parts])
+
+    def multiply(self, operation: str, x: Tensor, offsets: Tensor | None, **fields: Field) -> Tensor:
         """Emits a product; `fields` are those that only this operation has."""
+        assert offsets is not None or self.weights == 1, "several weights, and nothing says whose rows are whose"
         if x.dtype not in DTYPES or x.shape[1] != self.columns or (self.columns > 1 and x.stride(1) != 1):
             raise ValueError(
                 f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}; the weight takes float32 or bfloat16 "
@@ -89,6 +122,8 @@ class _Layer:
             dtype=DTYPES[x.dtype],
             bias=self.bias,
             out=self.out,
+            weights=self.weights,
+            offsets=offsets,
             gate=gate,
             y=y,
             y_dtype=DTYPES[dtype],
@@ -97,15 +132,17 @@ class _Layer:
         )
         return y
 
-    def rows(self, operation: str, y_dtype: torch.dtype, **fields: Field) -> Embedding:
+    def rows(self, operation: str, y_dtype: torch.dtype, held: range | None, **fields: Field) -> Embedding:
         """A lookup of rows that `operation` does; `fields` are those that only it has."""
-        if self.gated:
-            raise ValueError("a gated weight is no table of embeddings")
+        if self.gated or self.weights > 1:
+            raise ValueError("a gated weight, or several, are no table of embeddings")
+        ids = range(self.out) if held is None else held
+        fields = {"first": ids.start, "rows": len(ids), "in": self.columns, **fields}
 
         def embed(ids: Tensor) -> Tensor:
             y = self.target.empty(len(ids), self.columns, dtype=y_dtype)
             step = StepArrays(len(ids), token_ids=None if ids.is_meta else ids)
-            self.target.emit(operation, step, y=y, y_dtype=DTYPES[y_dtype], **{"in": self.columns}, **fields)
+            self.target.emit(operation, step, y=y, y_dtype=DTYPES[y_dtype], **fields)
             return y
 
         return embed
@@ -114,11 +151,14 @@ class _Layer:
         """Panels of a weight whose elements are whole bytes."""
         values = values.contiguous()
         row_bytes = self.columns * values.element_size()
-        packed = reserve(self.panels * PANEL * 4 * math.ceil(row_bytes / 4))
+        size = self.panels * PANEL * 4 * math.ceil(row_bytes / 4)
+        packed = reserve(self.weights * size)
         pack = self.target.library.function("pack_dense")
         pack.restype = None
         pack.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_void_p]
-        pack(values.data_ptr(), row_bytes, self.out, self.gated, self.target.threads, packed.data_ptr())
+        for index in range(self.weights):
+            rows = values.data_ptr() + index * self.out * row_bytes
+            pack(rows, row_bytes, self.out, self.gated, self.target.threads, packed.data_ptr() + index * size)
         return packed
 
 
@@ -131,14 +171,17 @@ class PackedLinear(ABC):
         """Of the packed weight with its scales."""
 
     @abstractmethod
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, in] to [T, out], or with a gate to [T, out / 2]. Rows of x may lie apart. Raises ValueError."""
+    def __call__(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """[R, in] to [R, out], or with a gate to [R, out / 2]. Rows of x may lie apart. Raises ValueError.
+
+        Where there are several weights, rows [offsets[i], offsets[i + 1]) meet weight i: [weights + 1] int64.
+        """
 
     @abstractmethod
-    def rows(self, dtype: torch.dtype) -> Embedding:
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
         """Rows of the weight, dequantized, by the step's token ids: [T] int64 to [T, in].
 
-        Raises ValueError with a gate.
+        With `held`, the first rows are those of these ids, and all others have zeros. Raises ValueError with a gate.
         """
 
 
@@ -156,13 +199,13 @@ class DenseLinear(PackedLinear):
     def num_bytes(self) -> int:
         return self._weight.numel()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         if x.dtype != self._dtype:
             raise ValueError(f"x is {x.dtype}, the weight {self._dtype}")
-        return self._layer.multiply("linear_dense", x, weight=self._weight)
+        return self._layer.multiply("linear_dense", x, offsets, weight=self._weight)
 
-    def rows(self, dtype: torch.dtype) -> Embedding:
-        return self._layer.rows("embed_dense", dtype, weight=self._weight, dtype=DTYPES[self._dtype])
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
+        return self._layer.rows("embed_dense", dtype, held, weight=self._weight, dtype=DTYPES[self._dtype])
 
 
 class Int8Linear(PackedLinear):
@@ -175,19 +218,20 @@ class Int8Linear(PackedLinear):
             )
         self._layer = layer
         self._weight = layer.pack_bytes(weight.values)
-        self._scales = panel_order(weight.scale.to(torch.float32), gated=layer.gated)
+        self._scales = layer.in_panels(weight.scale)
         self._column_sums = self._sum_columns()
 
     @property
     def num_bytes(self) -> int:
         return self._weight.numel() + self._scales.nbytes + self._column_sums.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         tokens, target = x.shape[0], self._layer.target
         width = _QUANTIZED_ROW_ALIGNMENT * math.ceil(self._layer.columns / _QUANTIZED_ROW_ALIGNMENT)
         return self._layer.multiply(
             "linear_int8",
             x,
+            offsets,
             weight=self._weight,
             scales=self._scales,
             column_sums=self._column_sums,
@@ -195,16 +239,17 @@ class Int8Linear(PackedLinear):
             x_scales=target.empty(tokens, dtype=torch.float32),
         )
 
-    def rows(self, dtype: torch.dtype) -> Embedding:
-        return self._layer.rows("embed_int8", dtype, weight=self._weight, scales=self._scales)
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
+        return self._layer.rows("embed_int8", dtype, held, weight=self._weight, scales=self._scales)
 
     def _sum_columns(self) -> Tensor:
         layer, target = self._layer, self._layer.target
-        sums = torch.empty(layer.panels * PANEL, dtype=torch.int32)
+        panels = layer.weights * layer.panels
+        sums = torch.empty(panels * PANEL, dtype=torch.int32)
         add = target.library.function("sum_int8_columns")
         add.restype = None
         add.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-        add(self._weight.data_ptr(), layer.columns, layer.panels, target.threads, sums.data_ptr())
+        add(self._weight.data_ptr(), layer.columns, panels, target.threads, sums.data_ptr())
         return sums
 
 
@@ -227,17 +272,23 @@ class Int4Linear(PackedLinear):
     def num_bytes(self) -> int:
         return self._weight.numel() + (0 if self._order is None else self._order.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         x = self._ordered(x)
         groups = self._layer.columns // self._group
         x_sums = self._layer.target.empty(x.shape[0], groups, dtype=torch.float32) if self._zeros else None
         return self._layer.multiply(
-            "linear_int4", x, weight=self._weight, group=self._group, zeros=int(self._zeros), x_sums=x_sums
+            "linear_int4", x, offsets, weight=self._weight, group=self._group, zeros=int(self._zeros), x_sums=x_sums
         )
 
-    def rows(self, dtype: torch.dtype) -> Embedding:
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
         return self._layer.rows(
-            "embed_int4", dtype, weight=self._weight, group=self._group, zeros=int(self._zeros), order=self._order
+            "embed_int4",
+            dtype,
+            held,
+            weight=self._weight,
+            group=self._group,
+            zeros=int(self._zeros),
+            order=self._order,
         )
 
     def _ordered(self, x: Tensor) -> Tensor:
@@ -262,23 +313,27 @@ class Int4Linear(PackedLinear):
         size = library.function("packed_int4_bytes")
         size.restype = ctypes.c_int64
         size.argtypes = [ctypes.c_int64] * 5
-        packed = reserve(size(layer.columns, self._group, layer.out, layer.gated, self._zeros))
+        num_bytes = size(layer.columns, self._group, layer.out, layer.gated, self._zeros)
+        packed = reserve(layer.weights * num_bytes)
         values, scale = weight.packed.contiguous(), _half(weight.scale)
         zero = None if weight.zero is None else weight.zero.contiguous()
         pack = library.function("pack_int4")
         pack.restype = None
         pack.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 5, ctypes.c_void_p]
-        pack(
-            values.data_ptr(),
-            scale.data_ptr(),
-            None if zero is None else zero.data_ptr(),
-            layer.columns,
-            self._group,
-            layer.out,
-            layer.gated,
-            layer.target.threads,
-            packed.data_ptr(),
-        )
+        groups = layer.columns // self._group
+        for index in range(layer.weights):
+            first = index * layer.out
+            pack(
+                values.data_ptr() + first * layer.columns // 2,
+                scale.data_ptr() + first * groups * scale.element_size(),
+                None if zero is None else zero.data_ptr() + first * groups,
+                layer.columns,
+                self._group,
+                layer.out,
+                layer.gated,
+                layer.target.threads,
+                packed.data_ptr() + index * num_bytes,
+            )
         return packed
 
 

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.attention import HEAD_DIM_STEP, LARGEST_HEAD_DIM, CpuAttention
+from engine.kernels.cpu.experts import CpuExperts
 from engine.kernels.cpu.library import ACTIVATIONS, DTYPES
-from engine.kernels.cpu.linear import PackedLinear, pack_linear
+from engine.kernels.cpu.linear import PackedLinear, pack_experts, pack_linear
 from engine.kernels.cpu.program import Field, StepArrays, Target
-from engine.kernels.operators import AttentionLayout, Embedding, Linear
+from engine.kernels.cpu.ranks import CpuRanks
+from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, Routing
 from engine.kv.cache import WORD_TOKENS
 from engine.models.spec import Activation
 from engine.quant.weights import Weight
@@ -29,10 +31,12 @@ def missing_kernel(dtype: torch.dtype, head_dim: int, page_tokens: int) -> str |
 class CpuOperators:
     """`engine.kernels.Operators` in C, for float32 and bfloat16. Rows of inputs are contiguous."""
 
-    def __init__(self, target: Target, *, deterministic: bool = False) -> None:
-        """`deterministic`: see `CpuAttention`; all other operators are so in any case."""
+    def __init__(self, target: Target, *, deterministic: bool = False, ranks: CpuRanks | None = None) -> None:
+        """`deterministic`: see `CpuAttention`; all other operators are so in any case. `ranks` adds up what the ranks
+        of a model have; None: there is one."""
         self._target = target
         self._deterministic = deterministic
+        self._ranks = ranks
 
     def linear(
         self,
@@ -44,16 +48,34 @@ class CpuOperators:
     ) -> Linear:
         return pack_linear(self._target, weight, bias, gate=gate, out_dtype=out_dtype)
 
-    def embedding(self, table: Tensor) -> Embedding:
-        return CpuEmbedding(self._target, table.contiguous())
+    def expert_linear(
+        self, weight: Weight, experts: int, *, gate: Activation | None = None, out_dtype: torch.dtype | None = None
+    ) -> ExpertLinear:
+        return pack_experts(self._target, weight, experts, gate=gate, out_dtype=out_dtype)
 
-    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+    def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
+        assert isinstance(inner, PackedLinear) and isinstance(outer, PackedLinear)
+        return CpuExperts(self._target, routing, inner, outer)
+
+    def embedding(self, table: Tensor, held: range | None = None) -> Embedding:
+        return CpuEmbedding(self._target, table.contiguous(), held)
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype, held: range | None = None) -> Embedding:
         assert isinstance(head, PackedLinear)
-        return head.rows(dtype)
+        return head.rows(dtype, held)
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        return x if self._ranks is None else self._ranks.sum(self._target, x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         y = self._like(a)
         self._target.emit("add", _rows(a), a=a, b=b, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype])
+        return y
+
+    def add_gated(self, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+        assert gate.dtype == torch.float32 and gate.shape == (len(a), 1)
+        y = self._like(a)
+        self._target.emit("add_gated", _rows(a), a=a, b=b, gate=gate, y=y, width=a.shape[-1], dtype=DTYPES[a.dtype])
         return y
 
     def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
@@ -108,9 +130,10 @@ class CpuOperators:
 class CpuEmbedding:
     """Rows of a table by token id, or, for a program's positions, by position."""
 
-    def __init__(self, target: Target, table: Tensor) -> None:
+    def __init__(self, target: Target, table: Tensor, held: range | None = None) -> None:
         self._target = target
         self._table = table
+        self._held = range(len(table)) if held is None else held
 
     def __call__(self, ids: Tensor) -> Tensor:
         rows, width = len(ids), self._table.shape[1]
@@ -119,6 +142,8 @@ class CpuEmbedding:
             "embed",
             StepArrays(rows, token_ids=None if ids.is_meta else ids),
             table=self._table,
+            first=self._held.start,
+            rows=len(self._held),
             from_positions=self._target.is_positions(ids),
             width=width,
             dtype=DTYPES[self._table.dtype],

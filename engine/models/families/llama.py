@@ -1,6 +1,6 @@
 """Llama 1 to 3, and the config and names that Mistral and Qwen share with it."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 from engine.models.families.family import (
@@ -49,7 +49,24 @@ def llama_like_spec(config: Config, windows: Sequence[int | None] = ()) -> Model
     )
 
 
-def llama_like_pieces(spec: ModelSpec, names: Collection[str]) -> Iterator[Piece]:
+def window_everywhere(config: Config) -> list[int | None]:
+    """`sliding_window` on every layer, where there is one."""
+    if not config.get("sliding_window"):
+        return []
+    return [count(config, "sliding_window")] * count(config, "num_hidden_layers")
+
+
+def dense_mlp(target: str, layer: str, spec: ModelSpec, names: Collection[str]) -> Iterator[Piece]:
+    """The MLP of a layer's checkpoint tensors."""
+    return gated_mlp_pieces(f"{target}.mlp", f"{layer}.mlp", spec.hidden, spec.intermediate, bias=spec.mlp_bias)
+
+
+def llama_like_pieces(
+    spec: ModelSpec,
+    names: Collection[str],
+    mlp: Callable[[str, str, ModelSpec, Collection[str]], Iterator[Piece]] = dense_mlp,
+) -> Iterator[Piece]:
+    """`mlp` gives what follows attention, of a layer of ours and one of the checkpoint, in order of use."""
     prefix = prefix_of(names, "embed_tokens.weight", ("model.", ""))
     attention = spec.heads * spec.head_dim
     yield Piece.whole("embed.weight", f"{prefix}embed_tokens.weight", (spec.vocab_size, spec.hidden))
@@ -64,17 +81,17 @@ def llama_like_pieces(spec: ModelSpec, names: Collection[str]) -> Iterator[Piece
             f"{target}.out", f"{source}.self_attn.o_proj", spec.hidden, attention, bias=spec.out_bias
         )
         yield from norm_pieces(f"{target}.mlp_norm", f"{source}.post_attention_layernorm", spec)
-        yield from _mlp_pieces(target, f"{source}.mlp", spec)
+        yield from mlp(target, source, spec, names)
     yield from norm_pieces("final_norm", f"{prefix}norm", spec)
     if not spec.tied_embeddings:
         yield Piece.whole("head.weight", "lm_head.weight", (spec.vocab_size, spec.hidden))
 
 
-def _mlp_pieces(target: str, source: str, spec: ModelSpec) -> Iterator[Piece]:
-    rows, bias = spec.intermediate, spec.mlp_bias
-    yield from linear_pieces(f"{target}.mlp_in", f"{source}.gate_proj", rows, spec.hidden, bias=bias)
-    yield from linear_pieces(f"{target}.mlp_in", f"{source}.up_proj", rows, spec.hidden, bias=bias, at=rows)
-    yield from linear_pieces(f"{target}.mlp_out", f"{source}.down_proj", spec.hidden, rows, bias=bias)
+def gated_mlp_pieces(target: str, source: str, hidden: int, width: int, *, bias: bool) -> Iterator[Piece]:
+    """Separate gate_proj, up_proj and down_proj under `source`, as `{target}_in` and `{target}_out`."""
+    yield from linear_pieces(f"{target}_in", f"{source}.gate_proj", width, hidden, bias=bias)
+    yield from linear_pieces(f"{target}_in", f"{source}.up_proj", width, hidden, bias=bias, at=width)
+    yield from linear_pieces(f"{target}_out", f"{source}.down_proj", hidden, width, bias=bias)
 
 
 def _spec(config: Config) -> ModelSpec:

@@ -1,16 +1,14 @@
 """Mistral: Llama with a sliding window on every layer."""
 
-from engine.models.families.family import Config, Family, UnsupportedConfig, count
-from engine.models.families.llama import LLAMA_LIKE_DEFAULTS, llama_like_pieces, llama_like_spec
+from engine.models.families.family import Config, Family, UnsupportedConfig
+from engine.models.families.llama import LLAMA_LIKE_DEFAULTS, llama_like_pieces, llama_like_spec, window_everywhere
 from engine.models.spec import ModelSpec
 
 
 def _spec(config: Config) -> ModelSpec:
     if config.get("layer_types"):
         raise UnsupportedConfig("layer_types is not supported for Mistral, whose window is the same on every layer")
-    if not config.get("sliding_window"):
-        return llama_like_spec(config)
-    return llama_like_spec(config, [count(config, "sliding_window")] * count(config, "num_hidden_layers"))
+    return llama_like_spec(config, window_everywhere(config))
 
 
 _DEFAULTS = {

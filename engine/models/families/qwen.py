@@ -7,7 +7,7 @@ from engine.models.families.llama import LLAMA_LIKE_DEFAULTS, llama_like_pieces,
 from engine.models.spec import ModelSpec
 
 
-def _windows(config: Config) -> list[int | None]:
+def qwen_windows(config: Config) -> list[int | None]:
     """One entry per layer: `layer_types` says which layers slide, else those from `max_window_layers` on do."""
     if not config.get("use_sliding_window") or not config.get("sliding_window"):
         return []
@@ -22,12 +22,12 @@ def _windows(config: Config) -> list[int | None]:
 
 
 def _qwen2_spec(config: Config) -> ModelSpec:
-    return replace(llama_like_spec(config, _windows(config)), qkv_bias=True)
+    return replace(llama_like_spec(config, qwen_windows(config)), qkv_bias=True)
 
 
 def _qwen3_spec(config: Config) -> ModelSpec:
     bias = bool(config.get("attention_bias"))
-    return replace(llama_like_spec(config, _windows(config)), qkv_bias=bias, out_bias=bias, qk_norm=True)
+    return replace(llama_like_spec(config, qwen_windows(config)), qkv_bias=bias, out_bias=bias, qk_norm=True)
 
 
 _DEFAULTS = {

@@ -15,9 +15,12 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OPTConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.configuration_utils import PretrainedConfig
 
@@ -46,6 +49,7 @@ _LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+_MIXTURE: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 24}
 _NEOX: dict[str, Any] = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
 _GPT2: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _OPT: dict[str, Any] = {
@@ -90,6 +94,23 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**_LLAMA, tie_word_embeddings=True),
     "qwen2-window": Qwen2Config(**_LLAMA, use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "qwen3": Qwen3Config(**_LLAMA, head_dim=24),
+    "mixtral": MixtralConfig(**_LLAMA, num_local_experts=6, num_experts_per_tok=2),
+    "mixtral-window": MixtralConfig(**_LLAMA, num_local_experts=3, num_experts_per_tok=1, sliding_window=7),
+    "mixtral-every-expert": MixtralConfig(**_LLAMA, num_local_experts=3, num_experts_per_tok=3),
+    "qwen2-moe": Qwen2MoeConfig(**_LLAMA, **_MIXTURE, num_experts_per_tok=3, shared_expert_intermediate_size=40),
+    "qwen2-moe-normed-tied": Qwen2MoeConfig(
+        **_LLAMA,
+        **_MIXTURE,
+        num_experts_per_tok=5,
+        shared_expert_intermediate_size=16,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
+    ),
+    "qwen3-moe": Qwen3MoeConfig(**_LLAMA, **_MIXTURE, num_experts_per_tok=4, norm_topk_prob=True, head_dim=24),
+    "qwen3-moe-unnormed": Qwen3MoeConfig(**_LLAMA, **_MIXTURE, num_experts_per_tok=2, attention_bias=True),
     "gpt2": GPT2Config(**_GPT2),
     "gpt2-untied": GPT2Config(**_GPT2, n_inner=56, tie_word_embeddings=False, scale_attn_weights=False),
     "opt": OPTConfig(**_OPT),
@@ -103,6 +124,10 @@ CONFIGS: dict[str, PretrainedConfig] = {
         rope_parameters={"rope_theta": 10000.0, "rope_type": "default", "partial_rotary_factor": 0.5},
     ),
 }
+
+CHOOSING = frozenset(name for name in CONFIGS if "mixtral" in name or "moe" in name) - {"mixtral-every-expert"}
+"""Mixtures whose tokens run some of the experts: a rounding that swaps two of them changes much, so that logits cannot
+be compared in half precision."""
 
 
 @dataclass
@@ -208,7 +233,7 @@ class Driver:
     ) -> None:
         loaded = load_parameters(path, dtype or "auto")
         backend = make_backend(kernels)
-        self.decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
+        self.decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
         self.cache = PagedKVCache(
             loaded.spec, num_pages, PAGE_TOKENS, kv_dtype or loaded.dtype, layout=backend.kv_layout
         )

@@ -20,8 +20,11 @@ from engine.models.families import UnsupportedConfig, family_of
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "GPT2LMHeadModel": "gpt2",
     "OPTForCausalLM": "opt",
     "GPTNeoXForCausalLM": "gpt_neox",
@@ -65,11 +68,28 @@ _QWEN: dict[str, list[Any]] = {
     "sliding_window": [None, 128],
     "max_window_layers": [0, 1, 28],
 }
+_EXPERTS: dict[str, list[Any]] = {
+    "num_experts_per_tok": [1, 2, 9],
+    "output_router_logits": [True, False],
+    "router_aux_loss_coef": [0.001],
+}
+_QWEN_MOE: dict[str, list[Any]] = {
+    **_EXPERTS,
+    "num_experts": [0, 8, 60],
+    "moe_intermediate_size": [64],
+    "norm_topk_prob": [True, False],
+    "decoder_sparse_step": [1, 2],
+    "mlp_only_layers": [None, [], [0]],
+}
 CHOICES: dict[str, dict[str, list[Any]]] = {
     "llama": _ROPE | _LLAMA,
     "mistral": _ROPE | _LLAMA | {"sliding_window": [None, 128]},
+    "mixtral": _ROPE | _LLAMA | _EXPERTS | {"sliding_window": [None, 128], "num_local_experts": [4, 8]},
     "qwen2": {key: values for key, values in (_ROPE | _LLAMA | _QWEN).items() if key != "head_dim"},
     "qwen3": _ROPE | _LLAMA | _QWEN,
+    "qwen2_moe": {key: values for key, values in (_ROPE | _LLAMA | _QWEN | _QWEN_MOE).items() if key != "head_dim"}
+    | {"shared_expert_intermediate_size": [128], "qkv_bias": [True, False]},
+    "qwen3_moe": _ROPE | _LLAMA | _QWEN | _QWEN_MOE,
     "gpt2": {
         "n_embd": [96, 768],
         "n_head": [4, 12],

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from engine.batch import Samples
 from engine.runner import layout_of, wanted_of
@@ -164,7 +165,25 @@ def test_sharded_checkpoint_is_the_same_model(pair_of: Callable[[str], Pair], tm
     assert close(stream.logits[-1], pair.expected(tokens)[-1])
 
 
-@pytest.mark.parametrize("name", ["llama-llama3", "gpt2", "neox", "qwen3"])
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "qwen3-moe"])
+def test_experts_in_one_tensor_are_the_same_model(
+    name: str, kernels: Kernels, pair_of: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    """As transformers holds them in memory, and writes them if it is told not to write them expert by expert."""
+    pair = pair_of(name)
+    pair.theirs.save_pretrained(tmp_path, save_original_format=False)
+    merged, apart = (safe_open(str(path / "model.safetensors"), "pt").keys() for path in (tmp_path, pair.path))
+    assert len(list(merged)) < len(list(apart))
+    tokens = random_tokens(30)
+    driver = Driver(tmp_path, kernels)
+    stream = driver.start(tokens)
+    for chunk in (9, 20, 1):
+        driver.step([(stream, chunk)])
+        assert close(stream.logits[-1], pair.expected(tokens)[stream.computed - 1])
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "gpt2", "neox", "qwen3", "mixtral-every-expert"])
 @pytest.mark.parametrize(
     ("kernels", "dtype"), [("C", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float16)]
 )

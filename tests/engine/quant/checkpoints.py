@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 from transformers.configuration_utils import PretrainedConfig
 
 LLAMA = LlamaConfig(
@@ -34,6 +34,29 @@ NEOX = GPTNeoXConfig(
     num_hidden_layers=2,
     num_attention_heads=4,
     max_position_embeddings=128,
+)
+MIXTRAL = MixtralConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+QWEN_MOE = Qwen2MoeConfig(
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=96,
 )
 GPT2 = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=128)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

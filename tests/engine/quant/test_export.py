@@ -16,7 +16,7 @@ from engine.quant.quantize import THOROUGH, quantize_int4
 from engine.quant.smooth import Scaling
 from engine.quant.weights import Int4Weight, Int8Weight
 from engine.quant.writer import Entry, SafetensorsWriter
-from tests.engine.quant.checkpoints import GPT2, LLAMA, NEOX, random_model
+from tests.engine.quant.checkpoints import GPT2, LLAMA, MIXTRAL, NEOX, QWEN_MOE, random_model
 
 SCHEMES: tuple[Scheme, ...] = ("w8a8", "w4a16")
 
@@ -30,9 +30,10 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "neox"])
+@pytest.mark.parametrize("kind", ["llama", "neox", "mixtral", "qwen-moe"])
 def test_8_bits_read_back_as_they_are_quantized_at_load(kind: str, tmp_path: Path) -> None:
-    random_model({"llama": LLAMA, "neox": NEOX}[kind]).save_pretrained(tmp_path / "model")
+    configs = {"llama": LLAMA, "neox": NEOX, "mixtral": MIXTRAL, "qwen-moe": QWEN_MOE}
+    random_model(configs[kind]).save_pretrained(tmp_path / "model")
     Exporter(tmp_path / "model", Target("w8a8")).write(tmp_path / "out")
     read = load_parameters(tmp_path / "out", quantization="w8a8").parameters
     for name, expected in load_parameters(tmp_path / "model", quantization="w8a8").parameters.items():
@@ -85,6 +86,21 @@ def test_the_copy_is_a_model_directory_of_its_own(scheme: Scheme, model: Path, t
     assert report.bytes_before == sum(t.nbytes for t in load_file(model / "model.safetensors").values())
     assert tensors["lm_head.weight"].dtype == torch.bfloat16
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_routers_are_named_as_not_quantized(tmp_path: Path) -> None:
+    """Others hold them as linear layers."""
+    random_model(QWEN_MOE).save_pretrained(tmp_path / "model")
+    Exporter(tmp_path / "model", Target("w8a8")).write(tmp_path / "out")
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    layers = [f"model.layers.{index}.mlp.{name}" for index in range(2) for name in ("gate", "shared_expert_gate")]
+    assert ignored == ["lm_head", *layers]
+
+
+def test_experts_in_one_tensor_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    random_model(MIXTRAL).save_pretrained(tmp_path, save_original_format=False)
+    with pytest.raises(ModelError, match=r"holds all experts at once.*quantize such a model as it is loaded"):
+        Exporter(tmp_path, Target("w8a8"))
 
 
 def test_smoothing_is_folded_into_what_is_written(model: Path, tmp_path: Path) -> None:

@@ -6,20 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers.configuration_utils import PretrainedConfig
 
 from engine.errors import ModelError
 from engine.models.loader import load_parameters
+from engine.quant.config import Scheme
 from engine.quant.quantize import quantize_int4, quantize_int8
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
-from tests.engine.quant.checkpoints import GPT2, LLAMA, NEOX, random_model
+from tests.engine.quant.checkpoints import GPT2, LLAMA, MIXTRAL, NEOX, QWEN_MOE, random_model
 
-LINEARS = ("qkv.weight", "out.weight", "mlp_in.weight", "mlp_out.weight")
+LINEARS = tuple(
+    f".{name}.weight"
+    for name in ("qkv", "out", "mlp_in", "mlp_out", "experts_in", "experts_out", "shared_in", "shared_out")
+)
 
 
-@pytest.fixture(params=["llama", "tied", "neox", "gpt2"])
+@pytest.fixture(params=["llama", "tied", "neox", "gpt2", "mixtral", "qwen-moe"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     tied = type(LLAMA)(**{**LLAMA.to_dict(), "tie_word_embeddings": True})
-    random_model({"llama": LLAMA, "tied": tied, "neox": NEOX, "gpt2": GPT2}[request.param]).save_pretrained(tmp_path)
+    configs = {"llama": LLAMA, "tied": tied, "neox": NEOX, "gpt2": GPT2, "mixtral": MIXTRAL, "qwen-moe": QWEN_MOE}
+    random_model(configs[request.param]).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -81,3 +87,16 @@ def test_a_dense_checkpoint_is_checked_before_anything_is_read(model: Path) -> N
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 95}))
     with pytest.raises(ModelError, match="95"):
         load_parameters(model, quantization="w8a8")
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN_MOE], ids=["mixtral", "qwen-moe"])
+def test_experts_in_one_tensor_are_quantized_as_those_apart(
+    config: PretrainedConfig, scheme: Scheme, tmp_path: Path
+) -> None:
+    model = random_model(config)
+    model.save_pretrained(tmp_path / "apart")
+    model.save_pretrained(tmp_path / "merged", save_original_format=False)
+    apart, merged = (load_parameters(tmp_path / name, quantization=scheme, group=32) for name in ("apart", "merged"))
+    for name, weight in apart.parameters.items():
+        assert same(merged.parameters[name], weight), name

@@ -22,7 +22,13 @@ void embed(const struct embed *args, const struct step *step, struct team *team)
     int64_t begin, end;
     team_share(team, step->tokens, &begin, &end);
     for (int64_t token = begin; token < end; token++) {
-        memcpy((char *)args->y + token * row_bytes, (const char *)args->table + ids[token] * row_bytes, (size_t)row_bytes);
+        const int64_t row = held_row(ids[token], args->first, args->rows);
+        char *y = (char *)args->y + token * row_bytes;
+        if (row < 0) {
+            memset(y, 0, (size_t)row_bytes);
+        } else {
+            memcpy(y, (const char *)args->table + row * row_bytes, (size_t)row_bytes);
+        }
     }
 }
 
@@ -66,6 +72,28 @@ void add(const struct add *args, const struct step *step, struct team *team) {
         add_as(args, F32, begin, end);
     } else {
         add_as(args, BF16, begin, end);
+    }
+}
+
+INLINE void add_gated_row(const struct add_gated *args, int64_t dtype, int64_t token) {
+    const vf share = vf_sigmoid(vf_set(args->gate[token]));
+    const int64_t row = token * args->width;
+    for (int64_t i = 0; i < args->width; i += VF) {
+        const int64_t at = row + i, count = args->width - i;
+        const vf a = vf_get(args->a, dtype, at, count), b = vf_get(args->b, dtype, at, count);
+        vf_put(args->y, dtype, at, count, vf_fused(b, share, a));
+    }
+}
+
+void add_gated(const struct add_gated *args, const struct step *step, struct team *team) {
+    int64_t begin, end;
+    team_share(team, step->tokens, &begin, &end);
+    for (int64_t token = begin; token < end; token++) {
+        if (args->dtype == F32) {
+            add_gated_row(args, F32, token);
+        } else {
+            add_gated_row(args, BF16, token);
+        }
     }
 }
 

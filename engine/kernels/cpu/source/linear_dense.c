@@ -25,13 +25,15 @@ static void multiply_bf16(const struct block *block) {
 
 void linear_dense(const struct linear_dense *args, const struct step *step, struct team *team) {
     const int64_t width = args->dtype == F32 ? 4 : 2, row_bytes = args->in * width;
+    const int64_t all[] = {0, step->tokens};
     const struct product product = {
         .multiply = args->dtype == F32 ? multiply_f32 : multiply_bf16,
         .block_rows = BLOCK_ROWS,
         .x = args->x,
         .x_stride = args->x_stride * width,
         .x_unit_bytes = 4,
-        .rows = step->tokens,
+        .weights = args->weights,
+        .offsets = args->offsets == NULL ? all : args->offsets,
         .weight = args->weight,
         .units = row_bytes / 4,
         .unit_bytes = STEP_BYTES,

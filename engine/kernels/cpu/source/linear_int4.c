@@ -299,7 +299,8 @@ static void sum_groups(const struct linear_int4 *args, int64_t begin, int64_t en
 }
 
 void linear_int4(const struct linear_int4 *args, const struct step *step, struct team *team) {
-    const int64_t rows = step->tokens, groups = args->in / args->group, width = args->dtype == F32 ? 4 : 2;
+    const int64_t all[] = {0, step->tokens}, *offsets = args->offsets == NULL ? all : args->offsets;
+    const int64_t rows = offsets[args->weights], groups = args->in / args->group, width = args->dtype == F32 ? 4 : 2;
     float own_sums[OWN_SUMS];
     float *x_sums = NULL;
     if (args->zeros && rows * groups <= OWN_SUMS) {
@@ -322,7 +323,8 @@ void linear_int4(const struct linear_int4 *args, const struct step *step, struct
         .x_sums = x_sums,
         .x_sums_stride = groups,
         .x_unit_sums = INT4_BUNDLE,
-        .rows = rows,
+        .weights = args->weights,
+        .offsets = offsets,
         .weight = args->weight,
         .units = groups / INT4_BUNDLE,
         .unit_bytes = int4_bundle_bytes(args->group, INT4_BUNDLE, args->zeros),

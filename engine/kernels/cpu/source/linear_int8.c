@@ -125,7 +125,8 @@ static void quantize_rows(
 }
 
 void linear_int8(const struct linear_int8 *args, const struct step *step, struct team *team) {
-    const int64_t rows = step->tokens;
+    const int64_t all[] = {0, step->tokens}, *offsets = args->offsets == NULL ? all : args->offsets;
+    const int64_t rows = offsets[args->weights];
     const int64_t stride = (args->in + ROW_ALIGNMENT - 1) / ROW_ALIGNMENT * ROW_ALIGNMENT;
     uint8_t own_values[OWN_BYTES] __attribute__((aligned(64)));
     float own_scales[OWN_ROWS];
@@ -150,7 +151,8 @@ void linear_int8(const struct linear_int8 *args, const struct step *step, struct
         .x_stride = stride,
         .x_unit_bytes = 4,
         .x_scales = scales,
-        .rows = rows,
+        .weights = args->weights,
+        .offsets = offsets,
         .weight = args->weight,
         .units = (args->in + 3) / 4,
         .unit_bytes = STEP_BYTES,

@@ -1,9 +1,9 @@
 /* Divides a product among threads and takes a tile through it. Knows no form of a weight. */
 #include "linear_tile.h"
 
-/* Rows of a tile: as many as share a panel well, and few enough that all threads have something to do. */
-static int64_t tile_rows(const struct product *product, int64_t panels, int64_t threads) {
-    const int64_t rows = product->rows;
+/* Rows of a tile, where a weight has so many: as many as share a panel well, and few enough that all threads have
+ * something to do. */
+static int64_t tile_rows(const struct product *product, int64_t rows, int64_t panels, int64_t threads) {
     int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     while (tiles * panels < 2 * threads && tiles * product->block_rows < rows) {
         tiles++;
@@ -68,7 +68,8 @@ static void multiply_tile(
 
 struct tile {
     const struct product *product;
-    int64_t panel;
+    int64_t panel;                  /* over all weights; -1: there is no tile left */
+    int64_t own_panel;              /* of its weight */
     int64_t row;
     int64_t rows;
     const float *sums;
@@ -86,7 +87,7 @@ INLINE void finish_rows(const struct tile *tile, int64_t gate, int64_t dtype) {
     const struct product *product = tile->product;
     const int64_t span = gate == NO_ACTIVATION ? PANEL : PANEL / 2;
     const int64_t width = gate == NO_ACTIVATION ? product->out : product->out / 2;
-    const int64_t first = tile->panel * span, columns = width - first < span ? width - first : span;
+    const int64_t first = tile->own_panel * span, columns = width - first < span ? width - first : span;
     for (int64_t i = 0; i < tile->rows; i++) {
         for (int64_t column = 0; column < columns; column += VF) {
             vf value = biased(tile, i, column);
@@ -150,23 +151,72 @@ static int64_t take_item(struct run *run, int64_t items, struct team *team) {
     return run->next++;
 }
 
+/* A thread's way through the tiles: weight by weight, of each the panels of its first rows, then those of the next. Items
+ * come in rising order, so it never looks back. */
+struct way {
+    const struct product *product;
+    int64_t panels;                 /* of each weight */
+    int64_t items;                  /* of all weights */
+    int64_t weight;                 /* that this thread has come to */
+    int64_t first;                  /* item of that weight */
+    int64_t count;                  /* of its items */
+    int64_t height;                 /* of its tiles, but for the last ones */
+    struct run run;
+};
+
+static int64_t rows_of(const struct product *product, int64_t weight) {
+    return product->offsets[weight + 1] - product->offsets[weight];
+}
+
+static void come_to(struct way *way, int64_t weight, const struct team *team) {
+    const int64_t rows = rows_of(way->product, weight);
+    way->weight = weight;
+    way->height = tile_rows(way->product, rows, way->panels, team->size);
+    way->count = (rows + way->height - 1) / way->height * way->panels;
+}
+
+static struct way begin_way(const struct product *product, const struct team *team) {
+    struct way way = {.product = product, .panels = panel_count(product->out, product->gate != NO_ACTIVATION)};
+    for (int64_t weight = product->weights - 1; weight >= 0; weight--) {
+        come_to(&way, weight, team);
+        way.items += way.count;
+    }
+    return way;
+}
+
+static struct tile next_tile(struct way *way, struct team *team) {
+    const int64_t item = take_item(&way->run, way->items, team);
+    if (item >= way->items) {
+        return (struct tile){.panel = -1};
+    }
+    while (item >= way->first + way->count) {
+        way->first += way->count;
+        come_to(way, way->weight + 1, team);
+    }
+    const int64_t inside = item - way->first, panel = inside % way->panels, row = inside / way->panels * way->height;
+    const int64_t left = rows_of(way->product, way->weight) - row;
+    return (struct tile){
+        .product = way->product,
+        .panel = way->weight * way->panels + panel,
+        .own_panel = panel,
+        .row = way->product->offsets[way->weight] + row,
+        .rows = left < way->height ? left : way->height,
+    };
+}
+
 void run_product(const struct product *product, struct team *team) {
     float sums[TILE_ROWS * PANEL] __attribute__((aligned(64)));
-    const int64_t panels = panel_count(product->out, product->gate != NO_ACTIVATION);
-    const int64_t height = tile_rows(product, panels, team->size);
-    const int64_t items = (product->rows + height - 1) / height * panels;
-    /* A thread takes its next item before it begins one: it must know what to fetch ahead. */
-    struct run run = {0, 0};
-    int64_t item = take_item(&run, items, team);
-    while (item < items) {
-        const int64_t following = take_item(&run, items, team);
-        const int64_t panel = item % panels, row = item / panels * height;
-        const int64_t rows = product->rows - row < height ? product->rows - row : height;
-        multiply_tile(product, panel, following < items ? following % panels : -1, row, rows, sums);
+    struct way way = begin_way(product, team);
+    /* A thread takes its next tile before it begins one: it must know what to fetch ahead. */
+    struct tile tile = next_tile(&way, team);
+    while (tile.panel >= 0) {
+        const struct tile following = next_tile(&way, team);
+        multiply_tile(product, tile.panel, following.panel, tile.row, tile.rows, sums);
         if (product->scale != NULL) {
-            product->scale(product, panel, row, rows, sums);
+            product->scale(product, tile.panel, tile.row, tile.rows, sums);
         }
-        finish_tile(&(struct tile){product, panel, row, rows, sums});
-        item = following;
+        tile.sums = sums;
+        finish_tile(&tile);
+        tile = following;
     }
 }

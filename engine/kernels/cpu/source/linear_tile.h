@@ -24,18 +24,6 @@ enum {
     CHUNK_BYTES = 1024 * STEP_BYTES /* a chunk, and the one that is fetched ahead, stay in the second cache as well */
 };
 
-/* a * b + c, rounded once. Left to the compiler, some copies of an inlined loop would round once and others twice, and
- * a token's result would depend on the tokens beside it. */
-INLINE vf vf_fused(vf a, vf b, vf c) {
-#if defined(VECTOR_AVX512)
-    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(VECTOR_AVX2)
-    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return vf_fma(a, b, c);
-#endif
-}
-
 /* Some rows of x times a run of units of one panel. A unit is the smallest part that a form multiplies as a whole. */
 struct block {
     const char *x;                  /* the first row, at the first unit */
@@ -55,7 +43,7 @@ struct block {
 /* A product as tiles see it. */
 struct product {
     void (*multiply)(const struct block *block);
-    /* Makes floats of a tile's sums where they are not yet, or NULL. */
+    /* Makes floats of a tile's sums where they are not yet, or NULL. Panels are counted over all weights. */
     void (*scale)(const struct product *product, int64_t panel, int64_t row, int64_t rows, float *sums);
     const void *args;               /* of the operation */
     int64_t block_rows;             /* rows that `multiply` takes at once */
@@ -66,8 +54,9 @@ struct product {
     int64_t x_sums_stride;
     int64_t x_unit_sums;
     const float *x_scales;          /* [rows], for `scale` */
-    int64_t rows;
-    const char *weight;
+    int64_t weights;
+    const int64_t *offsets;         /* [weights + 1] where the rows of each begin */
+    const char *weight;             /* of the first; the panels of the others follow */
     int64_t units;                  /* whole ones of a panel */
     int64_t unit_bytes;
     int64_t tail_bytes;

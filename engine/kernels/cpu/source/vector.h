@@ -51,6 +51,18 @@ INLINE vf vf_fma(vf a, vf b, vf c) {
     return a * b + c;
 }
 
+/* a * b + c, rounded once. Left to the compiler, some copies of an inlined loop would round once and others twice, and
+ * a token's result would depend on the tokens beside it. */
+INLINE vf vf_fused(vf a, vf b, vf c) {
+#if defined(VECTOR_AVX512)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(VECTOR_AVX2)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return vf_fma(a, b, c);
+#endif
+}
+
 /* a > b ? a : b, so a NaN in b stays and a NaN in a gives b. */
 INLINE vf vf_max(vf a, vf b) {
 #if defined(VECTOR_AVX512)

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import ACTIVATIONS, DTYPES, CpuOperators
 from engine.kernels.cpu.program import Immediate, StepArrays
+from engine.kernels.reference import ReferenceOperators
 
 SHAPES = [(1, 1), (1, 2050), (3, 7), (5, 64), (2, 4096), (33, 129)]
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
@@ -88,8 +89,22 @@ def test_embedding_takes_the_named_rows(library: Library, dtype: torch.dtype, fr
     setattr(step.struct, "positions" if from_positions else "token_ids", ids.data_ptr())
     y = torch.full((len(ids), 33), torch.nan, dtype=dtype)
     fields = {"table": table, "from_positions": from_positions, "width": 33, "dtype": DTYPES[dtype], "y": y}
-    Immediate(library, 2).emit("embed", step, **fields)
+    Immediate(library, 2).emit("embed", step, first=0, rows=len(table), **fields)
     assert torch.equal(y, table[ids])
+
+
+@dtypes
+def test_rows_of_ids_that_a_table_does_not_hold_are_zeros(library: Library, dtype: torch.dtype) -> None:
+    """Plain tables and packed ones, whose padding would be read otherwise."""
+    table = torch.randn(40, 24).to(dtype)
+    ids, held = torch.tensor([9, 10, 25, 42, 43, 60, 0]), range(10, 43)
+    expected = torch.zeros(len(ids), 24, dtype=dtype)
+    expected[1:4] = table[ids[1:4] - 10]
+    operators = CpuOperators(Immediate(library, 2))
+    assert torch.equal(operators.embedding(table, held)(ids), expected)
+    head = operators.linear(table, out_dtype=torch.float32)
+    assert torch.equal(operators.tied_embedding(head, dtype, held)(ids), expected)
+    assert torch.equal(ReferenceOperators().embedding(table, held)(ids), expected)
 
 
 @dtypes
@@ -100,3 +115,13 @@ def test_taken_rows_are_those_named(library: Library, dtype: torch.dtype, rows: 
     x = merged[:, : 3 * 33].unflatten(1, (3, 33))
     taken = CpuOperators(Immediate(library, 2)).take_rows(x, torch.tensor(rows, dtype=torch.int64))
     assert taken.is_contiguous() and torch.equal(taken, x[rows])
+
+
+@dtypes
+@shapes
+def test_a_gated_sum_is_near_the_exact_one(library: Library, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    a, b, gate = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), 4 * torch.randn(shape[0], 1)
+    y = CpuOperators(Immediate(library, 2)).add_gated(a, b, gate)
+    exact = a.double() + b.double() * gate.double().sigmoid()
+    assert y.dtype == dtype
+    assert ((y.double() - exact).abs() <= 1e-6 + 2 * HALF_STEP[dtype] * exact.abs()).all()

@@ -1,10 +1,12 @@
 """Threads of a team keep to cores of their own, wait for each other, and leave the thread that called them free."""
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, get_native_id
 from typing import TypeVar
 
 import pytest
@@ -14,6 +16,7 @@ from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import CpuOperators
 from engine.kernels.cpu.program import Immediate, Program, Recorder, StepArrays
 from engine.kernels.cpu.threads import bind_threads
+from engine.machine import CoreShare
 
 T = TypeVar("T")
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -69,6 +72,35 @@ def test_threads_are_not_bound_where_there_are_more_cores_than_threads(native_li
     bound, workers = in_fresh_thread(work)
     assert not bound
     assert workers == [set(CORES)]
+
+
+@linux
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_that_share_the_cores_keep_to_their_own_part(native_library: Library, index: int) -> None:
+    """A thread alone too, while a program runs; before and after it is free."""
+    cores = CORES[:2]
+    started, ended = Event(), Event()
+
+    def work() -> tuple[bool, set[int]]:
+        os.sched_setaffinity(0, cores)
+        bound = bind_threads(native_library, 1, CoreShare(index, 2))
+        task.append(get_native_id())
+        started.set()
+        while not ended.is_set():
+            run_something(native_library, 1)
+        return bound, os.sched_getaffinity(0)
+
+    task: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        started.wait(10)
+        deadline = time.monotonic() + 10
+        while os.sched_getaffinity(task[0]) != {cores[index]} and time.monotonic() < deadline:
+            pass
+        is_seen = time.monotonic() < deadline
+        ended.set()
+        assert working.result(10) == (True, set(cores))
+    assert is_seen
 
 
 @linux

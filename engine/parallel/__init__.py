@@ -1,0 +1,1 @@
+"""One model over several ranks: who holds which part of every parameter."""
