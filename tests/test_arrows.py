@@ -24,6 +24,7 @@ TENSOR_SIDE = ("engine.models", "engine.kernels", "engine.quant", "engine.parall
 TENSOR_FREE = (
     "engine.scheduler",
     "engine.policy",
+    "engine.parts",
     "engine.kv.pages",
     "engine.sequence",
     "engine.batch",
@@ -185,7 +186,7 @@ def test_deciding_side_imports_no_torch(side: str) -> None:
             assert not chains, " -> ".join(next(iter(chains.values())))
 
 
-@pytest.mark.parametrize("pure", ["cluster.planner", "engine.parallel.slices"])
+@pytest.mark.parametrize("pure", ["cluster.planner", "engine.parallel.slices", "engine.parallel.place"])
 def test_planning_imports_neither_torch_nor_ray(pure: str) -> None:
     """Anybody may ask for a plan, on a machine that has neither."""
     for name in modules():
