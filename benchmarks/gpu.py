@@ -29,6 +29,7 @@ from engine.kernels.cuda.backend import PAGE_TOKENS, SPARE_PAGES, CudaBackend
 from engine.kv.cache import PagedKVCache, kv_bytes_per_token
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec, RopeSpec
+from engine.parallel.part import Part
 from engine.quant.plan import is_layer_linear
 from engine.quant.quantize import quantize_int4, quantize_int8
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
@@ -77,7 +78,7 @@ class Model:
         backend = CudaBackend(torch.bfloat16, max_sequences=1, fp8=form == "fp8")
         parameters = dict(random_parameters(self.spec, form))
         self.weight_bytes = sum(read_bytes(self.spec, name, weight, form) for name, weight in parameters.items())
-        decoder = Decoder(self.spec, parameters, backend.operators, torch.bfloat16)
+        decoder = Decoder(Part.all_of(self.spec), parameters, backend.operators, torch.bfloat16)
         self.pages = -(-max_tokens // PAGE_TOKENS)
         cache = PagedKVCache(self.spec, self.pages + SPARE_PAGES, PAGE_TOKENS, torch.bfloat16, DEVICE)
         self.forward: Forward = backend.forward(decoder, cache)

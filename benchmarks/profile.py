@@ -133,7 +133,9 @@ class Profile:
             raise SystemExit("the C kernels are not in use here: there are no operators to time")
         self._assembly = assembly
         self._load = load
-        self._programs = (assembly.forward.program, assembly.forward.head)
+        head = assembly.forward.head
+        assert head is not None, "all of a model has one"
+        self._programs = (assembly.forward.program, head)
 
     def run(self, steps: int) -> tuple[float, list[Line]]:
         """Seconds of a step on the wall, and its operators. The engine holds enough work for `steps` steps."""

@@ -6,10 +6,10 @@ The composition root: the only place that knows both the deciding and the comput
 import logging
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from engine.choices import choose_kv_dtype, has_int4, load_configured, page_namespace
 from engine.config import EngineConfig
 from engine.devices import Device, choose_device
 from engine.engine import Engine
@@ -17,15 +17,12 @@ from engine.executor import LocalExecutor
 from engine.forward import Forward
 from engine.kv.cache import PagedKVCache, kv_bytes_per_token
 from engine.kv.copies import DevicePages, HostPages
-from engine.kv.keys import root_key
 from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.kv.tier import TierFactory
 from engine.limits import Limits
 from engine.models.decoder import Decoder
-from engine.models.directory import find_quantization, load_eos_token_ids
-from engine.models.identity import model_identity
-from engine.models.loader import load_parameters
+from engine.models.directory import load_eos_token_ids
 from engine.models.source import resolve_model
 from engine.models.spec import ModelSpec
 from engine.runner import Runner
@@ -60,13 +57,11 @@ def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Asse
     """`build_engine`, with the parts."""
     began = time.monotonic()
     path = resolve_model(config.model, config.revision)
-    device = choose_device(config, int4=_has_int4(config, path))
-    # Weights become fp8 in the kernels' own preparation, not on the way from the file.
-    scheme = "auto" if config.quantization == "fp8" else config.quantization
-    loaded = load_parameters(path, config.dtype, device.name, quantization=scheme, group=config.quantization_group)
+    device = choose_device(config, int4=has_int4(config, path))
+    loaded = load_configured(config, path, device.name)
     backend = device.backend(loaded)
-    decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
-    kv_dtype = torch.int8 if _has_int8_kv(config, path, device) else decoder.dtype
+    decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
+    kv_dtype = choose_kv_dtype(config, path, device.name, decoder.dtype)
     kv = _plan_kv(config, decoder.spec, kv_dtype, device)
     cache = PagedKVCache(
         decoder.spec,
@@ -93,7 +88,7 @@ def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Asse
         kv.max_model_len,
         time.monotonic() - began,
     )
-    namespace = _namespace(config, path, cache, decoder.dtype, backend.name)
+    namespace = page_namespace(config, path, cache.dtype, cache.layout, cache.page_tokens, decoder.dtype, backend.name)
     memory = HostPages(cache) if device.name == "cpu" else DevicePages(cache)
     tier = None if make_tier is None else make_tier(namespace, memory)
     engine = Engine(
@@ -106,25 +101,6 @@ def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Asse
         namespace=namespace.hex(),
     )
     return Assembly(engine, forward, decoder.spec, kv_dtype, loaded.num_bytes)
-
-
-def _namespace(config: EngineConfig, path: Path, cache: PagedKVCache, dtype: torch.dtype, kernels: str) -> bytes:
-    """Equal only for engines whose pages mean the same (32 bytes): all that a page depends on besides its tokens."""
-    facts = (cache.dtype, cache.layout, cache.page_tokens, cache.page_bytes, dtype, kernels)
-    choices = (config.quantization, config.quantization_group, config.deterministic)
-    return root_key(model_identity(path).hex(), *map(str, facts), *map(str, choices))
-
-
-def _has_int4(config: EngineConfig, path: Path) -> bool:
-    layout = find_quantization(path)
-    return config.quantization == "w4a16" or (layout is not None and layout.scheme != "w8a8")
-
-
-def _has_int8_kv(config: EngineConfig, path: Path, device: Device) -> bool:
-    if config.kv.dtype != "auto":
-        return config.kv.dtype == "int8"
-    # A GPU's fastest attention does not read int8; on a CPU it costs less accuracy than any quantized weight.
-    return device.name == "cpu" and (config.quantization != "auto" or find_quantization(path) is not None)
 
 
 def _plan_kv(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: Device) -> KVPlan:

@@ -6,7 +6,7 @@ Imports a device's kernels only when that device is chosen.
 import logging
 from concurrent.futures import Future
 from threading import Thread
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from engine.kernels.cpu.threads import bind_threads
 from engine.kernels.cpu.vocabulary import CpuReductions
 from engine.machine import available_bytes, available_cores
 from engine.models.spec import ModelSpec
+from engine.parallel.group import TensorGroup
 from engine.runner import LOGPROB_ROWS
 from engine.sampler import Sampler
 
@@ -30,6 +31,16 @@ log = logging.getLogger(__name__)
 CPU_PAGE_TOKENS = 16
 
 
+LEAST_RANK_BYTES = 2**16
+
+
+class HostGroup(NamedTuple):
+    """The ranks that share a model's layers, and what one of them brings to the others at once, at most."""
+
+    tensor: TensorGroup
+    rank_bytes: int
+
+
 class Device(Protocol):
     """One kind of device, with what the configuration leaves open resolved."""
 
@@ -39,8 +50,8 @@ class Device(Protocol):
     spare_pages: int
     """Pages that the cache needs beyond those of its pool."""
 
-    def backend(self, loaded: "LoadedModel") -> Backend:
-        """The kernels that this model runs on."""
+    def backend(self, loaded: "LoadedModel", group: TensorGroup | None = None) -> Backend:
+        """The kernels that this model runs on; `group` are the ranks that share its layers, where there are any."""
 
     def free_bytes(self) -> int:
         """Memory that nobody has taken yet."""
@@ -66,7 +77,7 @@ class Cpu:
         self._library: Future[Library | None] = Future()
         Thread(target=self._compile, name="compile-kernels", daemon=True).start()
 
-    def backend(self, loaded: "LoadedModel") -> Backend:
+    def backend(self, loaded: "LoadedModel", group: TensorGroup | None = None) -> Backend:
         backend = choose_backend(
             self._library.result(),
             loaded.dtype,
@@ -75,6 +86,7 @@ class Cpu:
             self.threads,
             self._scheduler,
             deterministic=self._deterministic,
+            group=None if group is None else HostGroup(group, self._rank_bytes(loaded)),
         )
         if self._deterministic and (reason := _chunk_dependence(backend, loaded.spec)):
             raise ValueError(f"deterministic results are not to be had here: {reason}")
@@ -89,6 +101,13 @@ class Cpu:
             return Sampler()
         bind_threads(library, self.threads)
         return Sampler(CpuReductions(library, self.threads))
+
+    def _rank_bytes(self, loaded: "LoadedModel") -> int:
+        """What a rank brings to the others at most: the hidden states of a step, or the logits of one row."""
+        part = loaded.part
+        width = max(part.whole.hidden, part.whole.embedding_dim or 0)
+        hidden = self._scheduler.max_batch_tokens * width * loaded.dtype.itemsize
+        return max(hidden, torch.float32.itemsize * part.vocabulary_rows, LEAST_RANK_BYTES)
 
     def _compile(self) -> None:
         try:
@@ -109,7 +128,7 @@ class Cuda:
         self.spare_pages = SPARE_PAGES
         self._config = config
 
-    def backend(self, loaded: "LoadedModel") -> Backend:
+    def backend(self, loaded: "LoadedModel", group: TensorGroup | None = None) -> Backend:
         from engine.kernels.cuda.backend import CudaBackend
 
         return CudaBackend(
@@ -117,6 +136,7 @@ class Cuda:
             max_sequences=self._config.scheduler.max_sequences,
             page_tokens=self.page_tokens,
             fp8=self._config.quantization == "fp8",
+            ranks=None if group is None else group.sum,
         )
 
     def free_bytes(self) -> int:
@@ -154,16 +174,21 @@ def choose_backend(
     scheduler: SchedulerConfig,
     *,
     deterministic: bool = False,
+    group: HostGroup | None = None,
 ) -> CpuBackend | ReferenceBackend:
     """The C kernels where they were compiled and know the model, else plain torch."""
-    if library is None:
-        return ReferenceBackend()
-    if reason := missing_kernel(dtype, head_dim, page_tokens):
+    reason = None if library is None else missing_kernel(dtype, head_dim, page_tokens)
+    if reason is not None:
         log.warning("%s; the slower reference kernels run", reason)
-        return ReferenceBackend()
-    max_rows = max(scheduler.max_sequences, LOGPROB_ROWS)
+    if library is None or reason is not None:
+        return ReferenceBackend(None if group is None else group.tensor.sum)
     return CpuBackend(
-        library, threads, max_tokens=scheduler.max_batch_tokens, max_rows=max_rows, deterministic=deterministic
+        library,
+        threads,
+        max_tokens=scheduler.max_batch_tokens,
+        max_rows=max(scheduler.max_sequences, LOGPROB_ROWS),
+        deterministic=deterministic,
+        ranks=None if group is None else group.tensor.in_program(library, threads, group.rank_bytes),
     )
 
 

@@ -30,6 +30,10 @@ class PoolExhausted(Exception):
     """The page pool has fewer free pages than were asked for; nothing was allocated."""
 
 
+class RanksLost(Exception):
+    """A rank that others share a model with is gone, or too slow to be waited for: nothing can be computed any more."""
+
+
 def _rebuild_invalid_request(
     kind: type[InvalidRequest], message: str, param: str | None, code: str | None
 ) -> InvalidRequest:

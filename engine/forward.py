@@ -1,4 +1,4 @@
-"""A model that is ready for steps: token ids and their layout in, hidden states and logits out.
+"""A model, or a stage of one, that is ready for steps: token ids and their layout in, hidden states and logits out.
 
 Two ways to run one decoder: `EagerForward` calls its operators one by one, `ProgramForward` records them once and runs
 the recording. A `Backend` is the operators together with the way to run them. Knows no batch, no sequence, no sampling.
@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionLayout, Operators, ReferenceOperators, Wanted
+from engine.kernels import AttentionLayout, Operators, RanksSum, ReferenceOperators, Wanted
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import CpuOperators
 from engine.kernels.cpu.program import Program, Recorder, StepArrays
+from engine.kernels.cpu.ranks import CpuRanks
 from engine.kv.cache import KVLayout, PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.rope import Rope
@@ -20,14 +21,20 @@ from engine.models.spec import LearnedPositions, ModelSpec
 
 
 class Forward(Protocol):
-    """A decoder over a cache. What it returns is valid until its next call."""
+    """A decoder over a cache. What it returns is valid until its next call.
+
+    Where the decoder is a later stage of a model, inputs are not token ids but what the stage before it returned.
+    """
 
     @property
     def device(self) -> torch.device:
         """Where callers put token ids, layouts and rows."""
 
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
-        """[T] int64 token ids to [R, hidden] of the wanted ones, None being all; writes keys and values of all T."""
+    def hidden(self, inputs: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+        """[T] int64 token ids to [R, hidden] of the wanted ones, None being all; writes keys and values of all T.
+
+        Only a last stage is asked for some of them.
+        """
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits [R, vocab] float32 of the rows ([R] int64) of what `hidden` returned. The caller may write to them."""
@@ -61,8 +68,8 @@ class ReferenceBackend:
     name = "torch"
     kv_layout = KVLayout.ROWS
 
-    def __init__(self) -> None:
-        self.operators = ReferenceOperators()
+    def __init__(self, ranks: RanksSum | None = None) -> None:
+        self.operators = ReferenceOperators(ranks)
 
     def forward(self, decoder: Decoder, cache: PagedKVCache) -> "EagerForward":
         return EagerForward(decoder, cache)
@@ -75,12 +82,19 @@ class CpuBackend:
     kv_layout = KVLayout.WORDS
 
     def __init__(
-        self, library: Library, threads: int, *, max_tokens: int, max_rows: int, deterministic: bool = False
+        self,
+        library: Library,
+        threads: int,
+        *,
+        max_tokens: int,
+        max_rows: int,
+        deterministic: bool = False,
+        ranks: CpuRanks | None = None,
     ) -> None:
         """`max_tokens` of one step, and `max_rows` whose logits are asked for at once."""
         self._recorder = Recorder(library, threads, max_tokens)
         self._max_rows = max_rows
-        self.operators = CpuOperators(self._recorder, deterministic=deterministic)
+        self.operators = CpuOperators(self._recorder, deterministic=deterministic, ranks=ranks)
 
     def forward(self, decoder: Decoder, cache: PagedKVCache) -> "ProgramForward":
         return ProgramForward(decoder, cache, self._recorder, max_rows=self._max_rows)
@@ -99,10 +113,10 @@ class EagerForward:
         return self._cache.pages.device
 
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+    def hidden(self, inputs: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
         # The reference attention gathers whole pages: a weight of zero does not hide what an earlier owner left there.
         self._cache.clear(opened_pages(layout))
-        return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache, wanted)
+        return self._decoder.forward(inputs, layout, cos_sin(self._rope, layout), self._cache, wanted)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -123,28 +137,44 @@ class ProgramForward:
         if rope is not None and not self._record_angles(rope, recorder):
             self._eager_rope = rope
         angles = None if rope is None else recorder.empty(recorder.capacity, rope.dim, dtype=torch.float32)
-        layout = _placeholder(recorder, cache.page_tokens)
-        hidden = decoder.forward(recorder.token_ids, layout, angles, cache, Wanted(recorder.rows, layout))
-        self.program: Program = recorder.program(hidden)
-        picked = CpuOperators(recorder).take_rows(self.program.output, recorder.rows[:max_rows])
-        self.head: Program = recorder.program(decoder.logits(picked))
+        self.program = self._record_stage(decoder, cache, recorder, angles)
+        self.head = self._record_head(decoder, recorder, max_rows) if decoder.part.place.is_last else None
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+    def hidden(self, inputs: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
         angles = self._angles if self._eager_rope is None else cos_sin(self._eager_rope, layout)
-        step = StepArrays(len(token_ids), token_ids, layout, angles)
+        token_ids = None if self.program.inputs else inputs
+        for values in self.program.inputs:
+            values[: len(inputs)].copy_(inputs)
+        step = StepArrays(len(inputs), token_ids, layout, angles)
         rows = None if wanted is None else StepArrays(len(wanted.rows), layout=wanted.layout, rows=wanted.rows)
         return self.program.run(step, rows)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        assert self.head is not None, "a stage that is not the last makes no logits"
         assert not len(hidden) or hidden.data_ptr() == self.program.output.data_ptr(), "what the last step returned"
         return self.head.run(StepArrays(len(rows), rows=rows))
 
     def wait(self) -> None:
         """Each call has computed all when it returns."""
+
+    def _record_stage(
+        self, decoder: Decoder, cache: PagedKVCache, recorder: Recorder, angles: Tensor | None
+    ) -> Program:
+        """Everything but the head. A later stage takes hidden states, and one that is not the last keeps all."""
+        layout, place = _placeholder(recorder, cache.page_tokens), decoder.part.place
+        wanted = Wanted(recorder.rows, layout) if place.is_last else None
+        if place.is_first:
+            return recorder.program(decoder.forward(recorder.token_ids, layout, angles, cache, wanted))
+        received = recorder.empty(recorder.capacity, decoder.spec.hidden, dtype=decoder.dtype)
+        return recorder.program(decoder.forward(received, layout, angles, cache, wanted), inputs=(received,))
+
+    def _record_head(self, decoder: Decoder, recorder: Recorder, max_rows: int) -> Program:
+        picked = CpuOperators(recorder).take_rows(self.program.output, recorder.rows[:max_rows])
+        return recorder.program(decoder.logits(picked))
 
     def _record_angles(self, rope: Rope, recorder: Recorder) -> bool:
         """Makes the rotary angles a part of the program, unless they depend on more than positions."""

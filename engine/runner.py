@@ -4,30 +4,46 @@ Knows neither scheduler nor policy: who runs is in the batch.
 """
 
 import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import Batch, PromptLogprobRow, StepOutput, StepStats, TokenLogprob
+from engine.batch import Batch, PromptLogprobRow, Samples, StepOutput, StepStats, TokenLogprob
 from engine.forward import Forward
 from engine.kernels import AttentionLayout, Wanted
-from engine.sampler import Sampler
+from engine.sampler import Drawn
 
 LOGPROB_ROWS = 128
 """Rows of prompt logits held at once: a long prompt times a large vocabulary would be gigabytes."""
 
 
-class Runner:
-    """Runs batches one at a time on the model's device."""
+class Draws(Protocol):
+    """`engine.sampler.Sampler`, or one that shares the vocabulary with others."""
 
-    def __init__(self, forward: Forward, page_tokens: int, sampler: Sampler) -> None:
+    def sample(self, logits: Tensor, samples: Samples) -> Drawn: ...
+
+    def token_logprobs(self, logits: Tensor, targets: SequenceOf[int], top: int) -> tuple[TokenLogprob, ...]: ...
+
+
+Receive = Callable[[int], Tensor]
+"""Waits for the hidden states of so many tokens from the stage before."""
+
+
+class Runner:
+    """Runs batches one at a time on the model's device: all of a model, or its last stage."""
+
+    def __init__(self, forward: Forward, page_tokens: int, sampler: Draws, receive: Receive | None = None) -> None:
+        """`receive` brings what a later stage begins with."""
         self._forward = forward
         self._page_tokens = page_tokens
         self._sampler = sampler
+        self._receive = receive
 
     def run(self, batch: Batch) -> StepOutput:
         start = time.perf_counter()
@@ -37,7 +53,7 @@ class Runner:
         wanted = wanted_of(batch, begins, layout)
         # Before the forward pass: after it the caches are cold, and the same few lines take several times as long.
         sampled = _to(device, sampled_rows(batch, begins))
-        hidden = self._forward.hidden(_to(device, batch.token_ids), layout, wanted)
+        hidden = self._forward.hidden(inputs_of(batch, device, self._receive), layout, wanted)
         prompt_logprobs = [self._prompt_logprobs(hidden, begins, row) for row in batch.prompt_logprobs]
         drawn = self._sampler.sample(self._forward.logits(hidden, sampled), batch.samples)
         # A batch that draws nothing asks the device for no answer. Its pages are copied and given away from now on, and
@@ -58,6 +74,11 @@ class Runner:
             logits = self._forward.logits(hidden, rows)
             found.extend(self._sampler.token_logprobs(logits, list(targets), row.top))
         return tuple(found)
+
+
+def inputs_of(batch: Batch, device: torch.device, receive: Receive | None) -> Tensor:
+    """What a stage begins with: token ids, or what the stage before has made of them."""
+    return _to(device, batch.token_ids) if receive is None else receive(batch.num_tokens)
 
 
 def layout_of(batch: Batch, page_tokens: int, device: torch.device) -> AttentionLayout:

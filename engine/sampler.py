@@ -65,13 +65,17 @@ class Sampler:
         if not len(samples):
             return Drawn([], [])
         # The arg max is every row's finite check and the greedy rows' answer; the others go on from here.
-        best, token_ids = self._reductions.largest(logits)
-        failed = _unusable(best, _RAW_REASONS)
+        best, token_ids = self.largest(logits)
+        failed = unusable(best)
         if samples.edits or np.count_nonzero(samples.settings["temperature"]):
             self._draw_others(logits, samples, best, token_ids, failed)
         for i in failed:
             token_ids[i] = 0
         return Drawn(token_ids, self._logprobs(logits, samples, token_ids, failed), failed)
+
+    def largest(self, logits: Tensor) -> tuple[list[float], list[int]]:
+        """See `engine.sampling.reductions.largest`."""
+        return self._reductions.largest(logits)
 
     @torch.inference_mode()
     def token_logprobs(self, logits: Tensor, targets: SequenceOf[int], top: int) -> tuple[TokenLogprob, ...]:
@@ -85,7 +89,7 @@ class Sampler:
         """Puts the tokens of edited and random rows, which have those of greedy ones, into `token_ids` and `failed`."""
         rows = {*np.flatnonzero(samples.settings["temperature"]).tolist(), *samples.edits}
         others = sorted(rows - failed.keys())
-        chosen, reasons = self._choose(_take(logits, others), _take_rows(samples, others), [best[i] for i in others])
+        chosen, reasons = self._choose(_take(logits, others), take_rows(samples, others), [best[i] for i in others])
         for i, token_id in zip(others, chosen, strict=True):
             token_ids[i] = token_id
         failed |= {others[j]: reason for j, reason in reasons.items()}
@@ -101,7 +105,7 @@ class Sampler:
             logits, best = _put(logits, edited, changed), best.copy()
             for i, value, token_id in zip(edited, *self._reductions.largest(changed), strict=True):
                 best[i], ids[i] = value, token_id
-            failed = _unusable(best, _EDITED_REASONS)
+            failed = unusable(best, _EDITED_REASONS)
         random = [i for i in np.flatnonzero(samples.settings["temperature"]).tolist() if i not in failed]
         if random:
             settings = samples.settings[random]
@@ -129,7 +133,7 @@ class Sampler:
         return found
 
 
-def _unusable(best: list[float], reasons: dict[str, str]) -> dict[int, str]:
+def unusable(best: list[float], reasons: dict[str, str] = _RAW_REASONS) -> dict[int, str]:
     """Rows that nothing can be drawn from, told by their largest logit: NaN and +inf win every comparison."""
     if math.isfinite(sum(best)):
         return {}
@@ -141,12 +145,13 @@ def _take(x: Tensor, rows: list[int]) -> Tensor:
     return x if len(rows) == len(x) else x[rows]
 
 
-def _take_rows(samples: Samples, rows: list[int]) -> Samples:
-    """What drawing the named rows, in rising order, takes."""
+def take_rows(samples: Samples, rows: list[int]) -> Samples:
+    """The named rows, in rising order."""
     if len(rows) == len(samples):
         return samples
     edits = {place: samples.edits[row] for place, row in enumerate(rows) if row in samples.edits}
-    return Samples(samples.rows[rows], samples.positions[rows], samples.settings[rows], edits)
+    logprobs = {place: samples.logprobs[row] for place, row in enumerate(rows) if row in samples.logprobs}
+    return Samples(samples.rows[rows], samples.positions[rows], samples.settings[rows], edits, logprobs)
 
 
 def _put(x: Tensor, rows: list[int], changed: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from engine.kv.sizing import layer_bytes_per_token
 from engine.models.spec import ModelSpec
-from engine.quant.config import Awq, CheckpointFormat, Gptq, Scheme
-from engine.quant.plan import Kind, is_layer_linear, kind_of
+from engine.quant.config import CheckpointFormat, Scheme, group_of
+from engine.quant.plan import Kind, is_layer_linear, kind_of, unit_of
 
 Scalar = Literal["float32", "bfloat16", "float16"]
 Conversion = Scheme | Literal["fp8"]
@@ -47,9 +47,7 @@ class Form:
     @property
     def unit(self) -> int:
         """Input channels of a layer that stay together when it is cut."""
-        if "w4a16" not in (self.conversion, self.checkpoint):
-            return 1
-        return self.group if self.group > 0 else 2  # two values are one byte
+        return unit_of("w4a16" if "w4a16" in (self.conversion, self.checkpoint) else None, self.group)
 
     @property
     def multiplies_int8(self) -> bool:
@@ -107,7 +105,7 @@ def form_of(config: Mapping[str, Any], layout: CheckpointFormat | None, choices:
         dtype=_dtype(config, choices),
         conversion=conversion,
         checkpoint=None if layout is None else _held(layout),
-        group=choices.group if layout is None else _group(config, layout),
+        group=choices.group if layout is None else group_of(config, layout),
         int8_kv=choices.kv == "int8" or (choices.kv == "auto" and choices.device == "cpu" and quantized),
     )
 
@@ -125,13 +123,3 @@ def _dtype(config: Mapping[str, Any], choices: Choices) -> Scalar:
 def _held(layout: CheckpointFormat) -> Scheme:
     """Layers in both are counted as the larger one."""
     return "w4a16" if layout.scheme == "w4a16" else "w8a8"
-
-
-def _group(config: Mapping[str, Any], layout: CheckpointFormat) -> int:
-    """Of the checkpoint; the smallest where layers differ, for that takes the most bytes."""
-    if isinstance(layout, Gptq | Awq):
-        return layout.group
-    found = config.get("quantization_config") or config.get("compression_config") or {}
-    weights = [group.get("weights") or {} for group in (found.get("config_groups") or {}).values()]
-    sizes = [size for size in (each.get("group_size") for each in weights) if isinstance(size, int) and size > 0]
-    return min(sizes, default=-1)

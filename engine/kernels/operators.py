@@ -23,6 +23,8 @@ Embedding = Callable[[Tensor], Tensor]
 ExpertLinear = Callable[[Tensor, Tensor], Tensor]
 """[R, in] rows that lie expert by expert, and [experts + 1] int64 where those of each begin, to [R, out]. What comes of
 rows behind the last expert's means nothing."""
+RanksSum = Callable[[Tensor], Tensor]
+"""See `Operators.sum_over_ranks`."""
 Experts = Callable[[Tensor, Tensor], Tensor]
 """[T, hidden] and router logits [T, experts] float32 to [T, hidden]."""
 
@@ -38,7 +40,9 @@ class Routing:
     renormalised: bool
     """Whether the weights of a token's experts are made to add up to 1."""
     held: range
-    """The experts whose weights are here; results of others are for whoever holds them to add."""
+    """The experts whose weights are here; results of others are for whoever holds them to add. Ranks that share a model
+    all have every token, so that each runs its own experts on them and one sum brings the results together: no token
+    has to travel to its experts and back (all-to-all), as it does where ranks have tokens of their own."""
 
 
 class QKNorm(NamedTuple):
@@ -134,11 +138,18 @@ class Operators(Protocol):
         a token's result does not depend on the tokens beside it.
         """
 
-    def embedding(self, table: Tensor) -> Embedding:
-        """Prepares a lookup of rows of [rows, width], in the table's dtype."""
+    def embedding(self, table: Tensor, held: range | None = None) -> Embedding:
+        """Prepares a lookup of rows of [rows, width], in the table's dtype.
 
-    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+        With `held`, the table's first rows are those of these ids, and the rows of all others are zeros.
+        """
+
+    def tied_embedding(self, head: Linear, dtype: torch.dtype, held: range | None = None) -> Embedding:
         """A lookup of the rows of the weight of `head`, which `linear` made: nothing is held twice."""
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x, which all of them call with one shape: the same bits for each. It may take the
+        place of x. Where no other rank has a part of the model it is x itself, and costs nothing."""
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         """a + b of one shape."""

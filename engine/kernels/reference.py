@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, QKNorm, Routing
+from engine.kernels.operators import (
+    AttentionLayout,
+    Embedding,
+    ExpertLinear,
+    Experts,
+    Linear,
+    QKNorm,
+    RanksSum,
+    Routing,
+)
 from engine.kernels.paged_sdpa import ChunkKeys, DecodeKeys, group_decodes
 from engine.kernels.routing import TableExperts
 from engine.kv.cache import KVPages
@@ -25,6 +34,10 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 class ReferenceOperators:
     """`engine.kernels.Operators` on any torch device and dtype."""
+
+    def __init__(self, ranks: RanksSum | None = None) -> None:
+        """`ranks` adds up what the ranks of a model have; None: there is one."""
+        self._ranks = ranks
 
     def linear(
         self,
@@ -44,13 +57,16 @@ class ReferenceOperators:
     def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
         return TableExperts(routing, inner, outer)
 
-    def embedding(self, table: Tensor) -> Embedding:
-        return lambda ids: F.embedding(ids, table)
+    def embedding(self, table: Tensor, held: range | None = None) -> Embedding:
+        return held_rows(lambda ids: F.embedding(ids, table), held)
 
-    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+    def tied_embedding(self, head: Linear, dtype: torch.dtype, held: range | None = None) -> Embedding:
         assert isinstance(head, ReferenceLinear)
         weight = head.weight
-        return lambda ids: weight_rows(weight, ids, dtype)
+        return held_rows(lambda ids: weight_rows(weight, ids, dtype), held)
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        return x if self._ranks is None else self._ranks(x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
@@ -125,6 +141,18 @@ class ReferenceExpertLinear:
             if begin < end:
                 y[begin:end] = linear(x[begin:end])
         return y
+
+
+def held_rows(look_up: Embedding, held: range | None) -> Embedding:
+    """A lookup in a table whose first rows are those of the held ids: zeros for any other; None holds all."""
+    if held is None:
+        return look_up
+
+    def look_up_held(ids: Tensor) -> Tensor:
+        is_held = (ids >= held.start) & (ids < held.stop)
+        return look_up(torch.where(is_held, ids - held.start, 0)).masked_fill(~is_held.unsqueeze(1), 0.0)
+
+    return look_up_held
 
 
 def multiply_int8(x: Tensor, weight: Int8Weight) -> Tensor:

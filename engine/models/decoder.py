@@ -1,7 +1,8 @@
 """The one forward pass of all decoder families, built from a spec and its parameters.
 
 Knows no Hugging Face name, no file and no scheduling: a flat axis of T tokens goes in, hidden states come out. Which
-variant of norm, position, MLP or block a model has is read from its `ModelSpec`; all arithmetic is its operators'.
+variant of norm, position, MLP or block a model has is read from its `ModelSpec`; all arithmetic is its operators'. Of a
+model that several ranks share it has the part of one: what it adds to a residual is then summed over the ranks first.
 """
 
 from collections.abc import MutableMapping
@@ -13,7 +14,8 @@ from torch import Tensor
 from engine.kernels import AttentionLayout, Embedding, Linear, Operators, QKNorm, Routing, StepAttention, Wanted
 from engine.kv.cache import PagedKVCache
 from engine.models.mlp import MLP, DenseMLP, MixtureMLP
-from engine.models.spec import Activation, ExpertsSpec, LearnedPositions, ModelSpec
+from engine.models.spec import Activation, ExpertsSpec, LearnedPositions
+from engine.parallel.part import Part
 from engine.quant.weights import Weight
 
 
@@ -62,30 +64,31 @@ class Decoder:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        part: Part,
         parameters: MutableMapping[str, Weight],
         operators: Operators,
         dtype: torch.dtype,
     ) -> None:
-        """Takes every name of `spec.parameter_shapes()` out of `parameters` as it prepares it.
+        """Takes every name of `part.parameters()` out of `parameters` as it prepares it.
 
         `dtype` is that of the activations, and of every parameter that is not quantized.
         """
-        self.spec = spec
+        self.part = part
+        self.spec = spec = part.spec
         self.dtype = dtype
         self._operators = operators
         self._parameters = parameters
-        self._head, self._embed = self._prepare_embeddings()
+        self._head, self._embed = self._prepare_ends()
         self._position = self._prepare_positions()
         self._project_in = self._optional_linear("project_in")
         self._project_out = self._optional_linear("project_out")
         self._layers = [self._layer(f"layers.{index}.") for index in range(spec.layers)]
-        self._final_norm = self._norm("final_norm") if spec.final_norm else None
+        self._final_norm = self._norm("final_norm") if "final_norm.weight" in parameters else None
         assert not parameters, f"not used: {sorted(parameters)}"
 
     def forward(
         self,
-        token_ids: Tensor,
+        inputs: Tensor,
         layout: AttentionLayout,
         cos_sin: Tensor | None,
         cache: PagedKVCache,
@@ -93,16 +96,14 @@ class Decoder:
     ) -> Tensor:
         """[T] int64 token ids to [R, hidden] after the final norm; keys and values go to the layout's slots.
 
+        Of a later stage the inputs are the [T, hidden] that the stage before it returned; of one that is not the last,
+        the result is what the next one takes, all T of it.
+
         R are the `wanted` tokens, None being all T; the last layer makes keys and values of the others and no more.
         `cos_sin` is `Rope.cos_sin` of the layout, or None for a model without rotary positions. With projected
         embeddings the result is [R, embedding_dim], which is what `logits` takes.
         """
-        hidden = self._embed(token_ids)
-        if self._project_in is not None:
-            hidden = self._project_in(hidden)
-        if self._position is not None:
-            hidden = self._operators.add(hidden, self._position(layout.positions))
-        residual = None
+        hidden, residual = self._begin(inputs, layout), None
         step = Step(self._operators.attention(layout), cos_sin, cache)
         for index in range(self.spec.layers):
             q, residual = self._write(index, hidden, residual, step)
@@ -112,15 +113,31 @@ class Decoder:
                 q, residual = (self._operators.take_rows(values, wanted.rows) for values in (q, residual))
                 step = replace(step, attention=self._operators.attention(wanted.layout))
             hidden, residual = self._finish(index, q, residual, step)
+        return self._end(hidden, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] rows of `forward` of the last stage to [R, vocab] float32, of the ids of `part.vocabulary` alone
+        and then of those that pad it."""
+        assert self._head is not None, "a stage that is not the last makes no logits"
+        return self._head(hidden)
+
+    def _begin(self, inputs: Tensor, layout: AttentionLayout) -> Tensor:
+        """What the first of these layers takes."""
+        if self._embed is None:
+            return inputs
+        # Rows of other ranks are zeros here: the sum finds the one that each token has.
+        hidden = self._operators.sum_over_ranks(self._embed(inputs))
+        if self._project_in is not None:
+            hidden = self._project_in(hidden)
+        return hidden if self._position is None else self._operators.add(hidden, self._position(layout.positions))
+
+    def _end(self, hidden: Tensor, residual: Tensor | None) -> Tensor:
+        """What comes of the last of these layers."""
         if self._final_norm is not None:
             hidden, _ = self._final_norm(hidden, residual)
         elif residual is not None:
             hidden = self._operators.add(hidden, residual)
         return hidden if self._project_out is None else self._project_out(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] rows of `forward` to [R, vocab] float32."""
-        return self._head(hidden)
 
     def _write(self, index: int, hidden: Tensor, residual: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """A layer up to its keys and values, which it writes; returns the queries and the residual.
@@ -140,29 +157,35 @@ class Decoder:
         layer, spec = self._layers[index], self.spec
         k, v = step.cache.layer(index)
         attended = step.attention.attend(q, k, v, scale=spec.scale, window=spec.window(index))
-        attended = layer.out(attended.view(len(q), -1))
+        attended, whole = layer.out(attended.view(len(q), -1)), self._operators.sum_over_ranks
         if spec.block == "post":
-            hidden, _ = layer.attention_norm(attended, residual)
-            return layer.mlp_norm(layer.mlp(hidden), hidden)[0], None
+            hidden, _ = layer.attention_norm(whole(attended), residual)
+            return layer.mlp_norm(whole(layer.mlp(hidden)), hidden)[0], None
         if spec.block == "parallel":
             normed, _ = layer.mlp_norm(residual)
-            return self._operators.add(attended, layer.mlp(normed)), residual
-        normed, residual = layer.mlp_norm(attended, residual)
-        return layer.mlp(normed), residual
+            return whole(self._operators.add(attended, layer.mlp(normed))), residual
+        normed, residual = layer.mlp_norm(whole(attended), residual)
+        return whole(layer.mlp(normed)), residual
 
     # -- preparation, once ---------------------------------------------------------------------------------------------
 
-    def _prepare_embeddings(self) -> tuple[Linear, Embedding]:
-        if self.spec.tied_embeddings:
-            head = self._operators.linear(self._take("embed.weight"), out_dtype=torch.float32)
-            return head, self._operators.tied_embedding(head, self.dtype)
-        embed = self._operators.embedding(self._take_dense("embed.weight"))
-        return self._operators.linear(self._take("head.weight"), out_dtype=torch.float32), embed
+    def _prepare_ends(self) -> tuple[Linear | None, Embedding | None]:
+        """The head of a last stage, the embeddings of a first one."""
+        prepare, here, place = self._operators, self.part.vocabulary, self.part.place
+        held = None if len(here) == self.spec.vocab_size else here
+        if self.spec.tied_embeddings and (place.is_first or place.is_last):
+            table = prepare.linear(self._take("embed.weight"), out_dtype=torch.float32)
+            embed = prepare.tied_embedding(table, self.dtype, held) if place.is_first else None
+            return table if place.is_last else None, embed
+        embed = prepare.embedding(self._take_dense("embed.weight"), held) if place.is_first else None
+        head = prepare.linear(self._take("head.weight"), out_dtype=torch.float32) if place.is_last else None
+        return head, embed
 
     def _prepare_positions(self) -> Embedding | None:
-        if not isinstance(self.spec.positions, LearnedPositions):
+        positions = self.spec.positions
+        if not isinstance(positions, LearnedPositions) or not self.part.place.is_first:
             return None
-        return self._operators.embedding(self._take_dense("position.weight")[self.spec.positions.offset :])
+        return self._operators.embedding(self._take_dense("position.weight")[positions.offset :])
 
     def _layer(self, prefix: str) -> Layer:
         spec = self.spec
@@ -185,10 +208,10 @@ class Decoder:
         )
 
     def _mixture(self, prefix: str, experts: ExpertsSpec) -> MixtureMLP:
-        prepare, count = self._operators.expert_linear, experts.count
-        inner = prepare(self._take(f"{prefix}experts_in.weight"), count, gate=self.spec.activation)
-        outer = prepare(self._take(f"{prefix}experts_out.weight"), count, out_dtype=torch.float32)
-        routing = Routing(count, experts.per_token, experts.renormalised, held=range(count))
+        prepare, held = self._operators.expert_linear, self.part.experts
+        inner = prepare(self._take(f"{prefix}experts_in.weight"), len(held), gate=self.spec.activation)
+        outer = prepare(self._take(f"{prefix}experts_out.weight"), len(held), out_dtype=torch.float32)
+        routing = Routing(experts.count, experts.per_token, experts.renormalised, held)
         return MixtureMLP(
             self._operators,
             router=self._scores(f"{prefix}router"),

@@ -18,7 +18,10 @@ from engine.models.directory import CONFIG, check_scheme, find_family, find_quan
 from engine.models.parameters import Form, Parameters
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
-from engine.quant.config import Scheme
+from engine.parallel.part import Part
+from engine.parallel.place import Place
+from engine.quant.config import CheckpointFormat, Scheme, group_of
+from engine.quant.plan import unit_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,11 +32,16 @@ logger = logging.getLogger(__name__)
 class LoadedModel:
     """A model and its parameters, ready to be taken by a `Decoder`."""
 
-    spec: ModelSpec
+    part: Part
     parameters: Parameters
-    """Every name of `spec.parameter_shapes()`. The decoder takes them out, so that nothing is held twice."""
+    """Every name of `part.parameters()`. The decoder takes them out, so that nothing is held twice."""
     dtype: torch.dtype
     """Of the activations, and of every parameter that is not quantized."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the part."""
+        return self.part.spec
 
     @property
     def num_bytes(self) -> int:
@@ -48,14 +56,17 @@ def load_parameters(
     *,
     quantization: Scheme | Auto = "auto",
     group: int = 64,
+    place: Place | None = None,
 ) -> LoadedModel:
     """Opens a model directory to run in `dtype`; each parameter is loaded when it is taken.
+
+    With a `place`, what its rank holds of them; a scale in 8 bits is then that of the rank's own channels.
 
     A `dtype` of "auto" is the checkpoint's, on a CPU bfloat16 in place of float16. A `quantization` of "auto" leaves
     the weights as the checkpoint has them; any other turns full ones into that form as they are read, in groups of
     `group` input channels where they are of 4 bits. For a checkpoint that is quantized already it must be the same,
     and then turns its dense head into 8 bits too. Memory peaks at the parameters that are held plus a slice of some
-    MiB. Raises ModelError, as taking a parameter does.
+    MiB. Raises ModelError, as taking a parameter does, and ValueError for a place that the model has no part for.
     """
     family = find_family(path)
     layout = find_quantization(path)
@@ -65,8 +76,10 @@ def load_parameters(
     run_dtype = _run_dtype(dtype, read_json(path / CONFIG), path, torch.device(device))
     checkpoint = Checkpoint(path)
     form = Form(run_dtype, device, scheme, group, layout=layout)
-    parameters = Parameters(checkpoint, spec, family.pieces(spec, checkpoint.names), form)
-    return LoadedModel(spec, parameters, run_dtype)
+    part = Part.all_of(spec) if place is None else Part(spec, place, _unit(path, layout, scheme, group))
+    part.check()
+    parameters = Parameters(checkpoint, part, family.pieces(spec, checkpoint.names), form)
+    return LoadedModel(part, parameters, run_dtype)
 
 
 def load_model(
@@ -80,7 +93,14 @@ def load_model(
 ) -> Decoder:
     """A decoder of what `load_parameters` loads, on the reference operators unless others are given."""
     loaded = load_parameters(path, dtype, device, quantization=quantization, group=group)
-    return Decoder(loaded.spec, loaded.parameters, operators or ReferenceOperators(), loaded.dtype)
+    return Decoder(loaded.part, loaded.parameters, operators or ReferenceOperators(), loaded.dtype)
+
+
+def _unit(path: Path, layout: CheckpointFormat | None, scheme: Scheme | None, group: int) -> int:
+    """Input channels that must stay together when a layer is cut."""
+    if layout is None:
+        return unit_of(scheme, group)
+    return unit_of(None if layout.scheme == "w8a8" else "w4a16", group_of(read_json(path / CONFIG), layout))
 
 
 def _run_dtype(dtype: torch.dtype | DType, config: dict[str, Any], path: Path, device: torch.device) -> torch.dtype:

@@ -3,7 +3,8 @@
 Which tensor goes where is a family's knowledge (`Piece`); what the parameters are called and how large they are is the
 spec's; how a quantized layer is spelled is its format's. This puts them together: dense rows are converted, or
 quantized, slice by slice as they are read, and quantized layers that a checkpoint holds apart are merged. Nothing is
-read before it is asked for: who packs each parameter before the next one never has the model in memory twice.
+read before it is asked for: who packs each parameter before the next one never has the model in memory twice. Of a
+model that several ranks share, each reads its own rows and columns.
 """
 
 import logging
@@ -16,15 +17,20 @@ import torch
 from torch import Tensor
 
 from engine.memory import Recycler
-from engine.models.pieces import Piece, Run
+from engine.models.pieces import Piece, Run, keep
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
+from engine.parallel import slices
+from engine.parallel.part import Part
+from engine.parallel.slices import Slice
 from engine.quant.config import CheckpointFormat, Scheme
 from engine.quant.formats import QuantizedLinear, is_quantized, read_linear, tensor_names
-from engine.quant.merge import Part, Unmergeable, merge
+from engine.quant.merge import Part as QuantizedPart
+from engine.quant.merge import Unmergeable, merge
 from engine.quant.plan import Kind, group_obstacle, is_layer_linear, kind_of
 from engine.quant.quantize import QUICK, Int4Rows, Int8Rows
 from engine.quant.weights import Int4Weight, Int8Weight, Weight, weight_bytes
+from engine.quant.window import read_window
 from engine.quant.workers import Workers
 
 _CONSTANT_SUFFIXES = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
@@ -75,32 +81,45 @@ class DenseRows:
 
 @dataclass(frozen=True, slots=True)
 class _Unread:
-    """Where a parameter comes from, and what is to become of it."""
+    """Where a parameter comes from, what is held of it, and what is to become of that."""
 
     pieces: Sequence[Piece]
-    shape: tuple[int, ...]
+    slice: Slice
     kind: Kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.slice.shape
+
+    def kept_columns(self, columns: int) -> slices.Run | None:
+        """Of so many in the whole parameter; None for all."""
+        if self.slice.columns is None:
+            return None
+        (kept,) = self.slice.columns
+        return None if kept.count == columns else kept
 
 
 class Parameters(MutableMapping[str, Weight]):
-    """Every parameter of `spec.parameter_shapes()`, read when it is first asked for.
+    """Every parameter of a part of a model, by its name there, read when it is first asked for.
 
     What is taken out at once (`pop`) is held by its taker alone; what is looked at stays until it is taken. What is
     wrong with a dense tensor's shape or dtype is found when this is made, so that a wrong checkpoint fails in
     milliseconds; what is wrong with values, or with a quantized layer, when it is read. Both raise ModelError.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, pieces: Iterable[Piece], form: Form) -> None:
+    def __init__(self, checkpoint: Checkpoint, part: Part, pieces: Iterable[Piece], form: Form) -> None:
+        """`pieces` are those of the whole model."""
+        spec = part.whole
         by_target: dict[str, list[Piece]] = {name: [] for name in spec.parameter_shapes()}
         for piece in pieces:
             by_target[piece.target].append(piece)
         _check(checkpoint, spec, by_target, form)
         _warn_of_unused(checkpoint, by_target, form)
-        shapes = spec.parameter_shapes()
         self._checkpoint = checkpoint
         self._form = form
         self._entries: dict[str, Weight | _Unread] = {
-            name: _Unread(parts, shapes[name], form.kind(name, spec)) for name, parts in by_target.items()
+            name: _Unread(by_target[held.name], held.slice, form.kind(held.name, spec))
+            for name, held in part.parameters()
         }
         self._memory = Recycler()
         self.bytes_read = 0
@@ -133,7 +152,7 @@ def _read_parameter(checkpoint: Checkpoint, unread: _Unread, form: Form, memory:
     if form.layout is not None:
         quantized = [_is_quantized(checkpoint, piece, form.layout) for piece in unread.pieces]
         if all(quantized):
-            return _read_quantized(checkpoint, unread.pieces, unread.shape[0], form.layout, form.device)
+            return _read_quantized(checkpoint, unread, form.layout, form.device)
         if any(quantized):
             raise checkpoint.error(
                 unread.pieces[quantized.index(False)].source,
@@ -148,7 +167,8 @@ def _read_parameter(checkpoint: Checkpoint, unread: _Unread, form: Form, memory:
             rows.put(0, _read_dense(checkpoint, unread, memory.empty(unread.shape, torch.float32)))
         else:
             for piece in unread.pieces:
-                _fill(checkpoint, piece, rows)
+                _fill(checkpoint, piece, unread, rows)
+            rows.put(unread.shape[0] - unread.slice.padding, _padding(unread))
     return rows.weight
 
 
@@ -162,42 +182,62 @@ def _read_dense(checkpoint: Checkpoint, unread: _Unread, weight: Tensor) -> Tens
     """Into `weight`, which may hold anything."""
     for piece in unread.pieces:
         if piece.transposed:
-            _fill_columns(checkpoint, piece, weight)
+            _fill_columns(checkpoint, piece, unread, weight)
         elif weight.device.type == "cpu" and checkpoint.dtype(piece.source) == weight.dtype:
-            for run in piece.runs:
-                checkpoint.read_into(piece.source, run, weight[run.target : run.target + run.rows])
+            columns = unread.kept_columns(piece.shape[-1])
+            for run in keep(piece.runs, unread.slice.rows):
+                checkpoint.read_into(piece.source, run, weight[run.target : run.target + run.rows], columns)
         else:
-            _fill(checkpoint, piece, DenseRows(weight))
+            _fill(checkpoint, piece, unread, DenseRows(weight))
+    weight[len(weight) - unread.slice.padding :] = 0
     return weight
 
 
-def _fill(checkpoint: Checkpoint, piece: Piece, rows: Rows) -> None:
-    for run in piece.runs:
-        for start, found in checkpoint.row_slices(piece.source, run):
+def _padding(unread: _Unread) -> Tensor:
+    return torch.zeros(unread.slice.padding, *unread.shape[1:])
+
+
+def _fill(checkpoint: Checkpoint, piece: Piece, unread: _Unread, rows: Rows) -> None:
+    columns = unread.kept_columns(piece.shape[-1])
+    for run in keep(piece.runs, unread.slice.rows):
+        for start, found in checkpoint.row_slices(piece.source, run, columns):
             rows.put(run.target + start, found)
 
 
-def _fill_columns(checkpoint: Checkpoint, piece: Piece, weight: Tensor) -> None:
-    for run in piece.runs:
-        for start, found in checkpoint.row_slices(piece.source, run):
-            weight[:, run.target + start :][:, : len(found)].copy_(found.T)
+def _fill_columns(checkpoint: Checkpoint, piece: Piece, unread: _Unread, weight: Tensor) -> None:
+    """Of a piece that is stored the other way round: its rows are the parameter's columns."""
+    assert unread.slice.columns is not None
+    first = 0
+    for columns in unread.slice.rows:
+        for run in keep(piece.runs, unread.slice.columns):
+            for start, found in checkpoint.row_slices(piece.source, run, columns):
+                begin = run.target + start
+                weight[first : first + columns.count, begin : begin + len(found)].copy_(found.T)
+        first += columns.count
 
 
 def _read_quantized(
-    checkpoint: Checkpoint, pieces: Sequence[Piece], rows: int, layout: CheckpointFormat, device: torch.device | str
+    checkpoint: Checkpoint, unread: _Unread, layout: CheckpointFormat, device: torch.device | str
 ) -> Weight:
     parts = []
-    for piece in pieces:
+    for piece in unread.pieces:
         linear = _linear(piece)
         # Quantizers turn [in, out] layers around: their tensors have a layer's outputs as rows whatever it was before.
-        runs = (Run(0, 0, linear.rows),) if piece.transposed else piece.runs
-        parts.append(Part(read_linear(layout, checkpoint, linear), runs))
+        whole = (Run(0, 0, linear.rows),) if piece.transposed else piece.runs
+        runs, columns = keep(whole, unread.slice.rows), unread.kept_columns(linear.columns)
+        if columns is None and runs == whole:
+            parts.append(QuantizedPart(read_linear(layout, checkpoint, linear), runs))
+            continue
+        for run in runs:
+            rows = slices.Run(run.source, run.rows)
+            read = read_window(layout, checkpoint, linear, rows, columns or slices.Run(0, linear.columns))
+            parts.append(QuantizedPart(read.weight, (Run(run.source - read.first_row, run.target, run.rows),)))
     try:
-        return _to_device(merge(parts, rows), device)
+        return _to_device(merge(parts, unread.shape[0]), device)
     except Unmergeable as error:
-        names = ", ".join(repr(_linear(piece).module) for piece in pieces)
+        names = ", ".join(repr(_linear(piece).module) for piece in unread.pieces)
         raise checkpoint.error(
-            next(iter(tensor_names(checkpoint.names, _linear(pieces[0]).module))),
+            next(iter(tensor_names(checkpoint.names, _linear(unread.pieces[0]).module))),
             f"cannot share a layer: {names} are one weight here, but have {error}",
         ) from error
 

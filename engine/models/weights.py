@@ -9,7 +9,8 @@ towards the process, and a file that shrinks meanwhile is an error instead of a 
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from engine.errors import ModelError
 from engine.models.pieces import Run
+from engine.parallel.slices import Run as Columns
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -118,54 +120,71 @@ class Checkpoint:
         self.read_into(name, Run(0, 0, entry.rows), whole.view(entry.rows, *entry.row_shape))
         return whole
 
-    def read_into(self, name: str, run: Run, rows: Tensor) -> None:
+    def read_window(self, name: str, window: Collection[Columns]) -> Tensor:
+        """What lies in a run of each axis of a vector or matrix, as `read_into` would have it."""
+        rows, *columns = window
+        part = torch.empty([run.count for run in window], dtype=self.dtype(name))
+        self.read_into(name, Run(rows.start, 0, rows.count), part, columns[0] if columns else None)
+        return part
+
+    def read_into(self, name: str, run: Run, rows: Tensor, columns: Columns | None = None) -> None:
         """Reads a run into `rows`, its place alone: contiguous, in host memory, of the tensor's own dtype.
 
-        Raises ModelError at a value that is NaN or infinite, and where the file cannot be read.
+        Of each row, these columns; None is all. Raises ModelError at a value that is NaN or infinite, and where the
+        file cannot be read.
         """
-        for _ in self._slices(name, run, lambda start, stop: rows[start:stop]):
+        for _ in self._slices(name, run, columns, lambda start, stop: rows[start:stop]):
             pass
 
-    def row_slices(self, name: str, run: Run) -> Iterator[tuple[int, Tensor]]:
+    def row_slices(self, name: str, run: Run, columns: Columns | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yields (row within the run, rows) in slices of a few MiB. A slice is valid until the next one is taken.
 
         Raises ModelError as `read_into` does.
         """
-        shape, dtype = self._entry(name).row_shape, self.dtype(name)
+        shape = self._entry(name).row_shape if columns is None else (columns.count,)
+        dtype = self.dtype(name)
         num_bytes = self._rows_at_once(name) * _row_bytes(shape, dtype)
         buffer = self._idle.pop() if self._idle else torch.empty(0, dtype=torch.uint8)
         if len(buffer) < num_bytes:
             buffer = torch.empty(num_bytes, dtype=torch.uint8)
         held = buffer[:num_bytes].view(dtype).view(-1, *shape)
         try:
-            yield from self._slices(name, run, lambda start, stop: held[: stop - start])
+            yield from self._slices(name, run, columns, lambda start, stop: held[: stop - start])
         finally:
             self._idle.append(buffer)
 
-    def _slices(self, name: str, run: Run, place: Callable[[int, int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def _slices(
+        self, name: str, run: Run, columns: Columns | None, place: Callable[[int, int], Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
         """Reads each slice [start, stop) of a run to its place; yields (start, rows there)."""
-        entry = self._entry(name)
-        row_bytes, step = _row_bytes(entry.row_shape, self.dtype(name)), self._rows_at_once(name)
+        entry, dtype = self._entry(name), self.dtype(name)
+        row_bytes, step = _row_bytes(entry.row_shape, dtype), self._rows_at_once(name)
         with _open(self._files[name]) as file:
-            file.seek(entry.begin + run.source * row_bytes)
             for start in range(0, run.rows, step):
                 rows = place(start, min(start + step, run.rows))
-                self._fill(name, file, rows)
+                begin = entry.begin + (run.source + start) * row_bytes
+                data = rows.flatten().view(torch.uint8).numpy().data
+                if columns is None or _row_bytes((columns.count,), dtype) == row_bytes:
+                    self._fill(name, file, begin, data)
+                else:
+                    begin, part = begin + columns.start * dtype.itemsize, columns.count * dtype.itemsize
+                    for index in range(len(rows)):
+                        self._fill(name, file, begin + index * row_bytes, data[index * part : (index + 1) * part])
                 if not _is_finite(rows):
                     bad = torch.isfinite(rows).reshape(len(rows), -1).all(dim=1).logical_not().nonzero()
                     raise self.error(name, f"is NaN or infinite in row {run.source + start + int(bad[0])}")
                 yield start, rows
 
-    def _fill(self, name: str, file: io.FileIO, rows: Tensor) -> None:
-        left = rows.flatten().view(torch.uint8).numpy().data
+    def _fill(self, name: str, file: io.FileIO, begin: int, left: memoryview) -> None:
+        """Reads the bytes of the file from `begin` on."""
         while left:
             try:
-                count = file.readinto(left)
+                count = os.preadv(file.fileno(), [left], begin)
             except OSError as error:
                 raise self.error(name, f"cannot be read ({error})") from error
             if not count:
                 raise self.error(name, "is cut off: the file has become shorter; copy it again")
-            left = left[count:]
+            left, begin = left[count:], begin + count
 
     def _rows_at_once(self, name: str) -> int:
         entry = self._entry(name)

@@ -3,7 +3,7 @@
 Imports no torch: whoever starts ranks need not compute.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.parallel.slices import TensorRank
 
@@ -16,13 +16,18 @@ class Place:
     stages: int
     layers: range
     """Of this stage."""
-    tensor: TensorRank
+    tensor: TensorRank = field(default_factory=TensorRank)
 
     def __post_init__(self) -> None:
         if not 0 <= self.stage < self.stages:
             raise ValueError(f"stage {self.stage} of {self.stages}; expected 0 to {self.stages - 1}")
         if not self.layers or self.layers.step != 1:
             raise ValueError(f"stage {self.stage} has the layers {self.layers}; expected consecutive ones")
+
+    @classmethod
+    def alone(cls, layers: int) -> "Place":
+        """Of the only rank of a model with so many layers."""
+        return cls(0, 1, range(layers))
 
     @property
     def rank(self) -> int:
@@ -35,9 +40,19 @@ class Place:
         return self.stages * self.tensor.size
 
     @property
+    def is_first(self) -> bool:
+        """Whether token ids come in here."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether logits are made here."""
+        return self.stage == self.stages - 1
+
+    @property
     def answers(self) -> bool:
         """Whether it is the one that draws tokens."""
-        return self.stage == self.stages - 1 and self.tensor.rank == 0
+        return self.is_last and self.tensor.rank == 0
 
 
 @dataclass(frozen=True, slots=True)

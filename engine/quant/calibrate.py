@@ -63,7 +63,7 @@ def activation_ranges(
     linears = {name: weight for name, weight in loaded.parameters.items() if _is_watched(name)}
     weights = {name: column_ranges(_blocks(weight), weight.shape[1]) for name, weight in linears.items()}
     operators = RecordingOperators({id(weight): name for name, weight in linears.items()})
-    decoder = Decoder(loaded.spec, loaded.parameters, operators, loaded.dtype)
+    decoder = Decoder(loaded.part, loaded.parameters, operators, loaded.dtype)
     forward = EagerForward(decoder, PagedKVCache(loaded.spec, pages_of(max_tokens), PAGE_TOKENS, loaded.dtype))
     with torch.inference_mode():
         for prompt in prompts:

@@ -67,6 +67,17 @@ def read_quantization(config: Mapping[str, Any]) -> CheckpointFormat | None:
     raise _unsupported(f"quant_method {method!r}")
 
 
+def group_of(config: Mapping[str, Any], layout: CheckpointFormat) -> int:
+    """Input channels to a scale in 4 bits of a config.json of this format; the fewest where layers differ, and -1 for
+    all of a layer's."""
+    if isinstance(layout, Gptq | Awq):
+        return layout.group
+    found = config.get("quantization_config") or config.get("compression_config") or {}
+    weights = [group.get("weights") or {} for group in (found.get("config_groups") or {}).values()]
+    sizes = [size for size in (each.get("group_size") for each in weights) if isinstance(size, int) and size > 0]
+    return min(sizes, default=-1)
+
+
 def _read_gptq(found: Mapping[str, Any]) -> Gptq:
     if found.get("bits") != 4:
         raise _unsupported(f"GPTQ with {found.get('bits')} bits")

@@ -39,6 +39,16 @@ def kind_of(parameter: str, spec: ModelSpec, scheme: Scheme | None) -> Kind:
     return _LINEAR_KIND[scheme] if is_layer_linear(parameter) else "dense"
 
 
+def unit_of(scheme: Scheme | None, group: int) -> int:
+    """Input channels of a layer that stay together when it is cut: those that share a scale in 4 bits.
+
+    A `group` of -1 is all of a layer's, whose scale every part has; kernels take these in steps.
+    """
+    if scheme != "w4a16":
+        return 1
+    return group if group > 0 else GROUPS[0]
+
+
 def group_obstacle(group: int, columns: int, all_columns: Iterable[int]) -> str | None:
     """Why a layer of so many input channels cannot have this group, and which groups would do; None if it can."""
     if columns % group == 0:

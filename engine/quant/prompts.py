@@ -38,7 +38,7 @@ def load_forward(path: Path, formats: NumberFormats, max_tokens: int) -> Forward
     """A model over a cache of one prompt of at most `max_tokens` tokens. Raises ModelError."""
     backend = _backend(formats, max_tokens)
     loaded = load_parameters(path, formats.dtype, quantization=formats.quantization, group=formats.group)
-    decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
+    decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
     kv_dtype = torch.int8 if formats.kv == "int8" else loaded.dtype
     cache = PagedKVCache(loaded.spec, pages_of(max_tokens), PAGE_TOKENS, kv_dtype, layout=backend.kv_layout)
     return backend.forward(decoder, cache)

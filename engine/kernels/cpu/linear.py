@@ -132,15 +132,17 @@ class _Layer:
         )
         return y
 
-    def rows(self, operation: str, y_dtype: torch.dtype, **fields: Field) -> Embedding:
+    def rows(self, operation: str, y_dtype: torch.dtype, held: range | None, **fields: Field) -> Embedding:
         """A lookup of rows that `operation` does; `fields` are those that only it has."""
         if self.gated or self.weights > 1:
             raise ValueError("a gated weight, or several, are no table of embeddings")
+        ids = range(self.out) if held is None else held
+        fields = {"first": ids.start, "rows": len(ids), "in": self.columns, **fields}
 
         def embed(ids: Tensor) -> Tensor:
             y = self.target.empty(len(ids), self.columns, dtype=y_dtype)
             step = StepArrays(len(ids), token_ids=None if ids.is_meta else ids)
-            self.target.emit(operation, step, y=y, y_dtype=DTYPES[y_dtype], **{"in": self.columns}, **fields)
+            self.target.emit(operation, step, y=y, y_dtype=DTYPES[y_dtype], **fields)
             return y
 
         return embed
@@ -176,10 +178,10 @@ class PackedLinear(ABC):
         """
 
     @abstractmethod
-    def rows(self, dtype: torch.dtype) -> Embedding:
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
         """Rows of the weight, dequantized, by the step's token ids: [T] int64 to [T, in].
 
-        Raises ValueError with a gate.
+        With `held`, the first rows are those of these ids, and all others have zeros. Raises ValueError with a gate.
         """
 
 
@@ -202,8 +204,8 @@ class DenseLinear(PackedLinear):
             raise ValueError(f"x is {x.dtype}, the weight {self._dtype}")
         return self._layer.multiply("linear_dense", x, offsets, weight=self._weight)
 
-    def rows(self, dtype: torch.dtype) -> Embedding:
-        return self._layer.rows("embed_dense", dtype, weight=self._weight, dtype=DTYPES[self._dtype])
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
+        return self._layer.rows("embed_dense", dtype, held, weight=self._weight, dtype=DTYPES[self._dtype])
 
 
 class Int8Linear(PackedLinear):
@@ -237,8 +239,8 @@ class Int8Linear(PackedLinear):
             x_scales=target.empty(tokens, dtype=torch.float32),
         )
 
-    def rows(self, dtype: torch.dtype) -> Embedding:
-        return self._layer.rows("embed_int8", dtype, weight=self._weight, scales=self._scales)
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
+        return self._layer.rows("embed_int8", dtype, held, weight=self._weight, scales=self._scales)
 
     def _sum_columns(self) -> Tensor:
         layer, target = self._layer, self._layer.target
@@ -278,9 +280,15 @@ class Int4Linear(PackedLinear):
             "linear_int4", x, offsets, weight=self._weight, group=self._group, zeros=int(self._zeros), x_sums=x_sums
         )
 
-    def rows(self, dtype: torch.dtype) -> Embedding:
+    def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:
         return self._layer.rows(
-            "embed_int4", dtype, weight=self._weight, group=self._group, zeros=int(self._zeros), order=self._order
+            "embed_int4",
+            dtype,
+            held,
+            weight=self._weight,
+            group=self._group,
+            zeros=int(self._zeros),
+            order=self._order,
         )
 
     def _ordered(self, x: Tensor) -> Tensor:

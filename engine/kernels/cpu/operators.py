@@ -8,6 +8,7 @@ from engine.kernels.cpu.experts import CpuExperts
 from engine.kernels.cpu.library import ACTIVATIONS, DTYPES
 from engine.kernels.cpu.linear import PackedLinear, pack_experts, pack_linear
 from engine.kernels.cpu.program import Field, StepArrays, Target
+from engine.kernels.cpu.ranks import CpuRanks
 from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, Routing
 from engine.kv.cache import WORD_TOKENS
 from engine.models.spec import Activation
@@ -30,10 +31,12 @@ def missing_kernel(dtype: torch.dtype, head_dim: int, page_tokens: int) -> str |
 class CpuOperators:
     """`engine.kernels.Operators` in C, for float32 and bfloat16. Rows of inputs are contiguous."""
 
-    def __init__(self, target: Target, *, deterministic: bool = False) -> None:
-        """`deterministic`: see `CpuAttention`; all other operators are so in any case."""
+    def __init__(self, target: Target, *, deterministic: bool = False, ranks: CpuRanks | None = None) -> None:
+        """`deterministic`: see `CpuAttention`; all other operators are so in any case. `ranks` adds up what the ranks
+        of a model have; None: there is one."""
         self._target = target
         self._deterministic = deterministic
+        self._ranks = ranks
 
     def linear(
         self,
@@ -54,12 +57,15 @@ class CpuOperators:
         assert isinstance(inner, PackedLinear) and isinstance(outer, PackedLinear)
         return CpuExperts(self._target, routing, inner, outer)
 
-    def embedding(self, table: Tensor) -> Embedding:
-        return CpuEmbedding(self._target, table.contiguous())
+    def embedding(self, table: Tensor, held: range | None = None) -> Embedding:
+        return CpuEmbedding(self._target, table.contiguous(), held)
 
-    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+    def tied_embedding(self, head: Linear, dtype: torch.dtype, held: range | None = None) -> Embedding:
         assert isinstance(head, PackedLinear)
-        return head.rows(dtype)
+        return head.rows(dtype, held)
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        return x if self._ranks is None else self._ranks.sum(self._target, x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         y = self._like(a)
@@ -124,9 +130,10 @@ class CpuOperators:
 class CpuEmbedding:
     """Rows of a table by token id, or, for a program's positions, by position."""
 
-    def __init__(self, target: Target, table: Tensor) -> None:
+    def __init__(self, target: Target, table: Tensor, held: range | None = None) -> None:
         self._target = target
         self._table = table
+        self._held = range(len(table)) if held is None else held
 
     def __call__(self, ids: Tensor) -> Tensor:
         rows, width = len(ids), self._table.shape[1]
@@ -135,6 +142,8 @@ class CpuEmbedding:
             "embed",
             StepArrays(rows, token_ids=None if ids.is_meta else ids),
             table=self._table,
+            first=self._held.start,
+            rows=len(self._held),
             from_positions=self._target.is_positions(ids),
             width=width,
             dtype=DTYPES[self._table.dtype],

@@ -13,6 +13,7 @@ from engine.kernels.cuda.fused import Fused, TorchFused
 from engine.kernels.cuda.graphs import CudaRecorder
 from engine.kernels.cuda.linear import fp8_obstacle
 from engine.kernels.cuda.operators import CudaOperators
+from engine.kernels.operators import RanksSum
 from engine.kv.cache import KVLayout, PagedKVCache
 from engine.models.decoder import Decoder
 
@@ -35,11 +36,12 @@ class CudaBackend:
         page_tokens: int = PAGE_TOKENS,
         fp8: bool = False,
         graphs: bool = True,
+        ranks: RanksSum | None = None,
     ) -> None:
         """Parameters and cache must be on the current CUDA device: a process has one.
 
-        `max_sequences` and `page_tokens` are those of the scheduler and of the cache. Raises ValueError, naming the
-        setting to change, if this cannot run.
+        `ranks` adds up over those that share the model; `max_sequences` and `page_tokens` are those of the scheduler
+        and of the cache. Raises ValueError, naming the setting to change, if this cannot run.
         """
         if not torch.cuda.is_available():
             raise ValueError('device "cuda" needs a CUDA device and a CUDA build of torch; use "cpu" or "auto" here')
@@ -47,7 +49,7 @@ class CudaBackend:
         check(dtype, page_tokens, capability, fp8=fp8)
         fused = load_fused()
         self.name = f"CUDA ({torch.cuda.get_device_name()}, {fused.name})"
-        self.operators = CudaOperators(dtype, fused, capability, fp8=fp8)
+        self.operators = CudaOperators(dtype, fused, capability, fp8=fp8, ranks=ranks)
         self._capability = capability
         self._max_sequences = max_sequences
         self._graphs = graphs

@@ -50,7 +50,10 @@ class CudaForward:
         return torch.device("cpu")
 
     @torch.inference_mode()
-    def hidden(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+    def hidden(self, inputs: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
+        if not self._decoder.part.place.is_first:
+            return self._later_stage(inputs, layout, wanted)
+        token_ids = inputs
         if self._graphs is not None and self._graphs.fits(layout):
             hidden = self._graphs.run(token_ids, layout)
             return hidden if wanted is None else hidden.index_select(0, wanted.rows.to(self._place))
@@ -69,10 +72,21 @@ class CudaForward:
     def wait(self) -> None:
         finish(self._place)
 
+    def _later_stage(self, inputs: Tensor, layout: AttentionLayout, wanted: Wanted | None) -> Tensor:
+        """Hidden states are on the device already; what goes there in place of token ids means nothing."""
+        if self._obstacle is not None:
+            self._cache.clear(opened_pages(layout).to(self._place))
+        _, on_device = upload(layout.positions, layout, self._place)
+        placed = None if wanted is None else Wanted(*upload(wanted.rows, wanted.layout, self._place))
+        return self._step(inputs, on_device, placed)
+
     def _step(self, token_ids: Tensor, layout: AttentionLayout, wanted: Wanted | None = None) -> Tensor:
         return self._decoder.forward(token_ids, layout, cos_sin(self._rope, layout), self._cache, wanted)
 
     def _make_graphs(self, record: Record, max_sequences: int) -> DecodeGraphs | None:
+        if not self._decoder.part.place.is_first:
+            log.info("decodes of a later stage run without CUDA graphs")
+            return None
         obstacle = graph_obstacle(self._decoder.spec, self._obstacle)
         if obstacle is not None:
             log.warning("decodes run without CUDA graphs: %s", obstacle)
@@ -81,10 +95,9 @@ class CudaForward:
         spare_page = cache.num_pages - 1
         columns = max(1, min(spare_page, -(-spec.max_position // cache.page_tokens)))
         inputs = DecodeInputs(max_sequences, columns, cache.page_tokens, spare_page, self._place)
+        width = (spec.embedding_dim or spec.hidden) if self._decoder.part.place.is_last else spec.hidden
         with torch.inference_mode():
-            return DecodeGraphs(
-                self._step, inputs, max_sequences, spec.embedding_dim or spec.hidden, self._decoder.dtype, record
-            )
+            return DecodeGraphs(self._step, inputs, max_sequences, width, self._decoder.dtype, record)
 
 
 def graph_obstacle(spec: ModelSpec, flash: str | None) -> str | None:

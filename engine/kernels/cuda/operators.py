@@ -1,15 +1,14 @@
 """The operators of a CUDA device: what a decoder asks for, in the forms of `linear`, `attention` and `fused`."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cuda.attention import CudaAttention
 from engine.kernels.cuda.experts import CudaExpertLinear
 from engine.kernels.cuda.fused import Fused
 from engine.kernels.cuda.linear import CudaLinear, make_product
-from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, Routing
-from engine.kernels.reference import ReferenceOperators
+from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, RanksSum, Routing
+from engine.kernels.reference import ReferenceOperators, held_rows
 from engine.kernels.routing import TableExperts
 from engine.models.spec import Activation
 from engine.quant.weights import Weight
@@ -18,13 +17,24 @@ from engine.quant.weights import Weight
 class CudaOperators:
     """`engine.kernels.Operators` for bfloat16 and float16 parameters that are on the device already."""
 
-    def __init__(self, dtype: torch.dtype, fused: Fused, capability: tuple[int, int], *, fp8: bool = False) -> None:
-        """`dtype` is that of the activations; `fp8` turns dense linear weights, the head's apart, into 8-bit floats."""
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        fused: Fused,
+        capability: tuple[int, int],
+        *,
+        fp8: bool = False,
+        ranks: RanksSum | None = None,
+    ) -> None:
+        """`dtype` is that of the activations; `fp8` turns dense linear weights, the head's apart, into 8-bit floats.
+
+        `ranks` adds up what the ranks of a model have; None: there is one.
+        """
         self._dtype = dtype
         self._fused = fused
         self._capability = capability
         self._fp8 = fp8
-        self._reference = ReferenceOperators()
+        self._reference = ReferenceOperators(ranks)
 
     def linear(
         self,
@@ -50,13 +60,16 @@ class CudaOperators:
     def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
         return TableExperts(routing, inner, outer)
 
-    def embedding(self, table: Tensor) -> Embedding:
-        return lambda ids: F.embedding(ids, table)
+    def embedding(self, table: Tensor, held: range | None = None) -> Embedding:
+        return self._reference.embedding(table, held)
 
-    def tied_embedding(self, head: Linear, dtype: torch.dtype) -> Embedding:
+    def tied_embedding(self, head: Linear, dtype: torch.dtype, held: range | None = None) -> Embedding:
         assert isinstance(head, CudaLinear)
         product = head.product
-        return lambda ids: product.rows(ids, dtype)
+        return held_rows(lambda ids: product.rows(ids, dtype), held)
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        return self._reference.sum_over_ranks(x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b

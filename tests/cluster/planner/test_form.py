@@ -111,7 +111,7 @@ def test_checkpoints_in_4_bits_have_their_own_groups() -> None:
     gptq = form_of(config, Gptq(128, zero_offset=1), Choices("cuda"))
     assert (gptq.checkpoint, gptq.group, gptq.unit) == ("w4a16", 128, 128)
     whole = form_of(config, Awq(-1), Choices("cuda"))
-    assert whole.unit == 2, "two values share a byte"
+    assert whole.unit == 32, "the channels that a kernel takes at once"
     assert whole.weight_bytes("layers.0.out.weight", (8, 64), LLAMA2_7B) == 8 * 32 + 8 * 5
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     packed = {"quant_method": "compressed-tensors", "format": "pack-quantized"}

@@ -233,7 +233,7 @@ class Driver:
     ) -> None:
         loaded = load_parameters(path, dtype or "auto")
         backend = make_backend(kernels)
-        self.decoder = Decoder(loaded.spec, loaded.parameters, backend.operators, loaded.dtype)
+        self.decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
         self.cache = PagedKVCache(
             loaded.spec, num_pages, PAGE_TOKENS, kv_dtype or loaded.dtype, layout=backend.kv_layout
         )

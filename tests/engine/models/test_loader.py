@@ -160,7 +160,7 @@ def test_values_that_cannot_be_read_are_named_when_a_decoder_takes_them(
     loaded = load_parameters(model, dtype)
     after(model)
     with pytest.raises(ModelError) as raised:
-        Decoder(loaded.spec, loaded.parameters, ReferenceOperators(), loaded.dtype)
+        Decoder(loaded.part, loaded.parameters, ReferenceOperators(), loaded.dtype)
     assert_names_the_file(str(raised.value), model, expected)
 
 
@@ -235,7 +235,7 @@ def test_pieces_fill_every_row_of_every_parameter_once(name: str, tmp_path: Path
 def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     make_model(CONFIGS["qwen2"]).save_pretrained(tmp_path)
     tied, spec = load_parameters(tmp_path), load_spec(tmp_path)
-    Decoder(spec, tied.parameters, ReferenceOperators(), tied.dtype)
+    Decoder(tied.part, tied.parameters, ReferenceOperators(), tied.dtype)
     expected = sum(torch.Size(shape).numel() for shape in spec.parameter_shapes().values()) * 4
     assert "head.weight" not in spec.parameter_shapes()
     assert tied.num_bytes == expected

@@ -53,7 +53,7 @@ def scaled(weight: Weight, scaling: Scaling | None) -> Tensor:
 
 
 def logits(loaded: LoadedModel, prompt: Sequence[int]) -> Tensor:
-    decoder = Decoder(loaded.spec, dict(loaded.parameters), ReferenceOperators(), loaded.dtype)
+    decoder = Decoder(loaded.part, dict(loaded.parameters), ReferenceOperators(), loaded.dtype)
     cache = PagedKVCache(loaded.spec, pages_of(len(prompt)), PAGE_TOKENS, loaded.dtype)
     return prompt_logits(EagerForward(decoder, cache), prompt)
 

@@ -22,7 +22,13 @@ void embed(const struct embed *args, const struct step *step, struct team *team)
     int64_t begin, end;
     team_share(team, step->tokens, &begin, &end);
     for (int64_t token = begin; token < end; token++) {
-        memcpy((char *)args->y + token * row_bytes, (const char *)args->table + ids[token] * row_bytes, (size_t)row_bytes);
+        const int64_t row = held_row(ids[token], args->first, args->rows);
+        char *y = (char *)args->y + token * row_bytes;
+        if (row < 0) {
+            memset(y, 0, (size_t)row_bytes);
+        } else {
+            memcpy(y, (const char *)args->table + row * row_bytes, (size_t)row_bytes);
+        }
     }
 }
 

@@ -4,9 +4,11 @@
 
 #include "step.h"
 
-/* y[t] = table[id of t]; the id is the token's id, or its position. */
+/* y[t] = table[id of t - first], zeros where that is no row; the id is the token's id, or its position. */
 struct embed {
     const void *table;              /* [rows, width] */
+    int64_t first;
+    int64_t rows;
     int64_t from_positions;
     int64_t width;
     int64_t dtype;                  /* of table and y */

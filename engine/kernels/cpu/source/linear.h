@@ -91,9 +91,11 @@ struct gather_columns {
 };
 OPERATION(gather_columns);
 
-/* y[t] = row token_ids[t] of a weight without a gate. */
+/* y[t] = row token_ids[t] - first of a weight without a gate, whose first `rows` rows are meant; zeros for any other. */
 struct embed_dense {
     const void *weight;             /* packed by pack_dense */
+    int64_t first;
+    int64_t rows;
     int64_t dtype;
     int64_t in;
     void *y;                        /* [tokens, in], contiguous */
@@ -104,6 +106,8 @@ OPERATION(embed_dense);
 /* The same, dequantized. */
 struct embed_int8 {
     const void *weight;
+    int64_t first;
+    int64_t rows;
     const float *scales;
     int64_t in;
     void *y;                        /* [tokens, in], contiguous */
@@ -114,6 +118,8 @@ OPERATION(embed_int8);
 /* The same, dequantized, every channel i at order[i]. */
 struct embed_int4 {
     const void *weight;
+    int64_t first;
+    int64_t rows;
     int64_t in;
     int64_t group;
     int64_t zeros;

@@ -6,6 +6,11 @@ static const char *column_of(const void *weight, int64_t row, int64_t panel_byte
     return (const char *)weight + row / PANEL * panel_bytes + row % PANEL * 4;
 }
 
+static void put_zeros(void *y, int64_t y_dtype, int64_t width, int64_t token) {
+    const int64_t row_bytes = width * (y_dtype == F32 ? 4 : 2);
+    memset((char *)y + token * row_bytes, 0, (size_t)row_bytes);
+}
+
 /* ---- dense ---- */
 
 INLINE void dense_row(const struct embed_dense *args, int64_t dtype, int64_t y_dtype, int64_t row, int64_t token) {
@@ -25,8 +30,10 @@ void embed_dense(const struct embed_dense *args, const struct step *step, struct
     int64_t begin, end;
     team_share(team, step->tokens, &begin, &end);
     for (int64_t token = begin; token < end; token++) {
-        const int64_t row = step->token_ids[token];
-        if (args->dtype == F32) {
+        const int64_t row = held_row(step->token_ids[token], args->first, args->rows);
+        if (row < 0) {
+            put_zeros(args->y, args->y_dtype, args->in, token);
+        } else if (args->dtype == F32) {
             args->y_dtype == F32 ? dense_row(args, F32, F32, row, token) : dense_row(args, F32, BF16, row, token);
         } else {
             args->y_dtype == F32 ? dense_row(args, BF16, F32, row, token) : dense_row(args, BF16, BF16, row, token);
@@ -48,7 +55,11 @@ void embed_int8(const struct embed_int8 *args, const struct step *step, struct t
     int64_t begin, end;
     team_share(team, step->tokens, &begin, &end);
     for (int64_t token = begin; token < end; token++) {
-        const int64_t row = step->token_ids[token];
+        const int64_t row = held_row(step->token_ids[token], args->first, args->rows);
+        if (row < 0) {
+            put_zeros(args->y, args->y_dtype, args->in, token);
+            continue;
+        }
         const char *column = column_of(args->weight, row, (args->in + 3) / 4 * STEP_BYTES);
         for (int64_t i = 0; i < args->in; i++) {
             const int8_t value = (int8_t)column[i / 4 * STEP_BYTES + i % 4];
@@ -81,6 +92,11 @@ void embed_int4(const struct embed_int4 *args, const struct step *step, struct t
     int64_t begin, end;
     team_share(team, step->tokens, &begin, &end);
     for (int64_t token = begin; token < end; token++) {
-        int4_row(args, step->token_ids[token], token);
+        const int64_t row = held_row(step->token_ids[token], args->first, args->rows);
+        if (row < 0) {
+            put_zeros(args->y, args->y_dtype, args->in, token);
+        } else {
+            int4_row(args, row, token);
+        }
     }
 }

@@ -52,6 +52,11 @@ static inline void team_share(const struct team *team, int64_t items, int64_t *b
     *end = items * (team->index + 1) / team->size;
 }
 
+/* Where the row of an id is in a table of those of `rows` ids from `first` on; -1: it has none there. */
+static inline int64_t held_row(int64_t id, int64_t first, int64_t rows) {
+    return id >= first && id < first + rows ? id - first : -1;
+}
+
 /* Waits inside an operation until every thread of the team has come here; every thread must call it. */
 void team_wait(void);
 

@@ -4,34 +4,16 @@
 
 #include <errno.h>
 #include <sched.h>
-#include <stdbool.h>
-#include <stddef.h>
-#ifdef __linux__
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
-#include "clock.h"
+#include "barrier.h"
 
-#define CACHE_LINE 64
 #define MAX_CORES 1024              /* as many as cpu_set_t names */
-/* Longer than threads differ within one operation, and short against the time slice of a neighbour that holds up a thread
- * of the team: then the core is worth more to the neighbour. */
-#define SPIN_SECONDS 100e-6
-#define SPINS_PER_LOOK 64
 
 /* What `#pragma omp parallel` compiles to. Called by name, the runtime that torch brings is all that is needed, and clang,
  * whose pragmas ask for a runtime of its own, works as well: libgomp and LLVM's libomp both have these. */
 extern void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 extern int omp_get_thread_num(void);
 extern int omp_get_num_threads(void);
-
-struct barrier {
-    _Alignas(CACHE_LINE) _Atomic uint32_t arrived;
-    _Alignas(CACHE_LINE) _Atomic uint32_t round;    /* changes when all have arrived */
-    _Atomic uint32_t sleepers;
-};
 
 struct region {
     void (*work)(void *data, struct team *team);
@@ -47,67 +29,10 @@ static _Thread_local int64_t bound_count;
 static _Thread_local struct barrier *current_barrier;
 static _Thread_local uint32_t current_size;
 
-static void relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-/* ---- the barrier: the last to arrive starts a new round; the others spin for a while, then sleep ---- */
-
-static bool spin(struct barrier *barrier, uint32_t round) {
-    double deadline = 0.0;
-    for (;;) {
-        for (int i = 0; i < SPINS_PER_LOOK; i++) {
-            if (atomic_load_explicit(&barrier->round, memory_order_acquire) != round) {
-                return true;
-            }
-            relax();
-        }
-        const double time = now();
-        if (deadline == 0.0) {
-            deadline = time + SPIN_SECONDS;
-        } else if (time > deadline) {
-            return false;
-        }
-    }
-}
-
-static void sleep_until_round_after(struct barrier *barrier, uint32_t round) {
-    /* Either the last to arrive sees this thread among the sleepers, or this thread sees the new round: both accesses on
-     * both sides are sequentially consistent. */
-    atomic_fetch_add(&barrier->sleepers, 1);
-    while (atomic_load(&barrier->round) == round) {
-#ifdef __linux__
-        syscall(SYS_futex, &barrier->round, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
-#else
-        sched_yield();
-#endif
-    }
-    atomic_fetch_sub(&barrier->sleepers, 1);
-}
-
 void team_wait(void) {
-    struct barrier *barrier = current_barrier;
-    if (current_size <= 1) {
-        return;
+    if (current_size > 1) {
+        barrier_wait(current_barrier, current_size, false, 0.0);
     }
-    const uint32_t round = atomic_load_explicit(&barrier->round, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&barrier->arrived, 1, memory_order_acq_rel) + 1 < current_size) {
-        if (!spin(barrier, round)) {
-            sleep_until_round_after(barrier, round);
-        }
-        return;
-    }
-    atomic_store_explicit(&barrier->arrived, 0, memory_order_relaxed);
-    atomic_store(&barrier->round, round + 1);
-#ifdef __linux__
-    if (atomic_load(&barrier->sleepers) != 0) {
-        syscall(SYS_futex, &barrier->round, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-    }
-#endif
 }
 
 /* ---- cores ---- */

@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import ACTIVATIONS, DTYPES, CpuOperators
 from engine.kernels.cpu.program import Immediate, StepArrays
+from engine.kernels.reference import ReferenceOperators
 
 SHAPES = [(1, 1), (1, 2050), (3, 7), (5, 64), (2, 4096), (33, 129)]
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
@@ -88,8 +89,22 @@ def test_embedding_takes_the_named_rows(library: Library, dtype: torch.dtype, fr
     setattr(step.struct, "positions" if from_positions else "token_ids", ids.data_ptr())
     y = torch.full((len(ids), 33), torch.nan, dtype=dtype)
     fields = {"table": table, "from_positions": from_positions, "width": 33, "dtype": DTYPES[dtype], "y": y}
-    Immediate(library, 2).emit("embed", step, **fields)
+    Immediate(library, 2).emit("embed", step, first=0, rows=len(table), **fields)
     assert torch.equal(y, table[ids])
+
+
+@dtypes
+def test_rows_of_ids_that_a_table_does_not_hold_are_zeros(library: Library, dtype: torch.dtype) -> None:
+    """Plain tables and packed ones, whose padding would be read otherwise."""
+    table = torch.randn(40, 24).to(dtype)
+    ids, held = torch.tensor([9, 10, 25, 42, 43, 60, 0]), range(10, 43)
+    expected = torch.zeros(len(ids), 24, dtype=dtype)
+    expected[1:4] = table[ids[1:4] - 10]
+    operators = CpuOperators(Immediate(library, 2))
+    assert torch.equal(operators.embedding(table, held)(ids), expected)
+    head = operators.linear(table, out_dtype=torch.float32)
+    assert torch.equal(operators.tied_embedding(head, dtype, held)(ids), expected)
+    assert torch.equal(ReferenceOperators().embedding(table, held)(ids), expected)
 
 
 @dtypes

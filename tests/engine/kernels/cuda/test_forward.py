@@ -84,7 +84,7 @@ class Driver(harness.Driver):
         loaded = load_parameters(path, torch.bfloat16, DEVICE, quantization=quantization)
         self.replays = 0
         operators, make_forward = self._device() if HAS_GPU else self._stand_in()
-        self.decoder = Decoder(loaded.spec, loaded.parameters, operators, loaded.dtype)
+        self.decoder = Decoder(loaded.part, loaded.parameters, operators, loaded.dtype)
         self.cache = PagedKVCache(loaded.spec, num_pages + 1, PAGE_TOKENS, kv_dtype, DEVICE)
         self.cache.pages.fill_(NAN_BYTE)
         self.sampler = RecordingSampler()
@@ -206,7 +206,7 @@ def test_8_bit_weights_are_those_of_the_reference(name: str, pair_of: Callable[[
     path = pair_of(name).path
     tokens = random_tokens(40, seed=2)
     loaded = load_parameters(path, torch.bfloat16, quantization="w8a8")
-    reference = Decoder(loaded.spec, loaded.parameters, ReferenceOperators(), loaded.dtype)
+    reference = Decoder(loaded.part, loaded.parameters, ReferenceOperators(), loaded.dtype)
     cache = PagedKVCache(loaded.spec, 2, PAGE_TOKENS, loaded.dtype)
     sampler = RecordingSampler()
     driver = Driver(path, quantization="w8a8")

@@ -1,0 +1,309 @@
+"""Ranks that share a model draw what one rank draws, over real processes and connections.
+
+In float32 the order of a sum is all that differs: logprobs agree within 1e-4, and greedy tokens are the same ones.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from engine.build import build_engine
+from engine.config import EngineConfig, KVConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.errors import ModelError, RanksLost
+from engine.sampling_params import SamplingParams
+from engine.sequence import Request
+from tests.compiled import compiled_library
+from tests.engine.fakes import Streams, run_to_end
+from tests.engine.models.harness import CONFIGS, VOCAB, Driver, make_model, random_tokens
+from tests.engine.parallel.pool import Cut, Pool, Ranks
+from tests.engine.quant import checkpoints
+
+TOLERANCE = 1e-4
+SHAPES = [Cut(2), Cut(4), Cut(1, 2), Cut(2, 2), Cut(4, 2)]
+SPECIMENS = ["llama-mha-biased-tied", "llama-mqa-wide-heads", "gpt2", "opt-350m", "neox", "qwen2-moe"]
+"""With these every cut is tried: biases, tied and untied heads, one head of keys for all ranks, learned positions,
+projected embeddings, blocks of each kind, and a shared expert."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    compiled_library()
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make_model(CONFIGS[name]).save_pretrained(made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def load(pool: Pool) -> Callable[[EngineConfig, Cut], Ranks]:
+    return pool.load
+
+
+def config_of(path: Path, **changes: object) -> EngineConfig:
+    """Prompts are cut into chunks of several steps; preemptions happen where there are few pages."""
+    scheduler = SchedulerConfig(max_sequences=6, max_batch_tokens=24)
+    kv = changes.pop("kv", KVConfig(memory="8MiB"))
+    settings = {"dtype": "float32", "threads": 1, "device": "cpu", **changes}
+    return EngineConfig(model=str(path), kv=kv, scheduler=scheduler, **settings)
+
+
+def greedy_requests(vocabulary: int = VOCAB) -> list[Request]:
+    """Some with logprobs, some without: their logits go different ways."""
+    asks = [{}, {"logprobs": 20}, {"logprobs": 0, "prompt_logprobs": 3}, {}]
+    return [
+        Request(
+            f"r{index}",
+            tuple(token % vocabulary for token in random_tokens(5 + 13 * index, seed=index)),
+            SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, **ask),
+        )
+        for index, ask in enumerate(asks)
+    ]
+
+
+def answers(engine: Engine, requests: list[Request]) -> tuple[Streams, dict[str, list[float]]]:
+    """The streams, and the logprobs of each request in order."""
+    logprobs: dict[str, list[float]] = {}
+
+    class Listening(Streams):
+        def take(self, emissions: list) -> None:
+            super().take(emissions)
+            for each in emissions:
+                found = logprobs.setdefault(each.request_id, [])
+                for entry in (*each.prompt_logprobs, *(entry for entry in each.logprobs if entry is not None)):
+                    found += [entry.logprob, *(value for _, value in entry.top)]
+
+    for request in requests:
+        engine.add(request)
+    return run_to_end(engine, Listening()), logprobs
+
+
+def assert_alike(
+    ranks: Ranks, requests: list[Request], pages: int = 64, tolerance: float = TOLERANCE
+) -> tuple[Streams, Streams]:
+    """The engine over these ranks answers as one rank does."""
+    alone, expected = answers(build_engine(ranks.config), requests)
+    together, found = answers(ranks.engine(pages), requests)
+    ranks.close()
+    assert together.tokens == alone.tokens
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=tolerance), name
+    return together, alone
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_stages_of_two_ranks_answer_as_one_rank(
+    name: str, model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    assert_alike(load(config_of(model_of(name)), Cut(2, 2)), greedy_requests())
+
+
+@pytest.mark.parametrize("cut", [cut for cut in SHAPES if cut != Cut(2, 2)], ids=str)
+@pytest.mark.parametrize("name", SPECIMENS)
+def test_every_cut_answers_as_one_rank(
+    name: str, cut: Cut, model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    ranks = load(config_of(model_of(name)), cut)
+    assert set(ranks.kernels) == {"C"} and set(ranks.shared) == {cut.tensor > 1}
+    assert_alike(ranks, greedy_requests())
+
+
+@pytest.mark.parametrize("cut", [Cut(2, 1, 2), Cut(4, 1, 2), Cut(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe-normed-tied", "qwen3-moe"])
+def test_experts_that_are_dealt_out_answer_as_one_rank(
+    name: str, cut: Cut, model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    assert_alike(load(config_of(model_of(name)), cut), greedy_requests())
+
+
+def test_random_and_edited_rows_draw_what_one_rank_draws(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    kinds = [
+        {"temperature": 0.8, "top_p": 0.9, "logprobs": 2},
+        {"temperature": 1.2, "top_k": 20, "n": 3},
+        {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.4},
+        {"temperature": 0.0, "logit_bias": {7: 3.0, 96: 2.0}},
+        {"temperature": 0.0, "allowed_token_ids": [3, 40, 90]},
+        {"temperature": 0.0},
+    ]
+    requests = [
+        Request(
+            f"r{index}",
+            tuple(random_tokens(9 + 4 * index, seed=index)),
+            SamplingParams(max_tokens=10, seed=index, ignore_eos=True, **kind),
+        )
+        for index, kind in enumerate(kinds)
+    ]
+    assert_alike(load(config_of(model_of("llama")), Cut(2, 2)), requests)
+
+
+def test_pages_that_run_out_change_nothing(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    together, _ = assert_alike(load(config_of(model_of("llama")), Cut(2, 2)), greedy_requests(), pages=6)
+    assert len(together.finished) == 4
+
+
+def test_plain_torch_over_connections_answers_as_one_rank(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """As where there is no compiler: pages of 8 tokens have no C kernels."""
+    for name, cut in (("llama-mha-biased-tied", Cut(2, 2)), ("qwen2-moe", Cut(2, 1, 2))):
+        ranks = load(config_of(model_of(name), kv=KVConfig(memory="8MiB", page_tokens=8)), cut)
+        assert set(ranks.kernels) == {"torch"} and set(ranks.shared) == {False}
+        assert_alike(ranks, greedy_requests())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("name", ["LLAMA", "NEOX", "GPT2", "QWEN_MOE"])
+def test_quantized_weights_answer_as_on_one_rank(
+    name: str, scheme: str, tmp_path: Path, load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """In 4 bits ranks hold the same groups. In 8 bits each has scales of its own channels, which are finer."""
+    checkpoints.random_model(getattr(checkpoints, name)).save_pretrained(tmp_path)
+    kv = KVConfig(memory="8MiB", dtype="model")
+    config = config_of(tmp_path, quantization=scheme, quantization_group=32, kv=kv)
+    ranks = load(config, Cut(2, 2, 2 if name == "QWEN_MOE" else 1))
+    if scheme == "w4a16":
+        assert_alike(ranks, greedy_requests(96))
+        return
+    full, quantized, found = (
+        answers(engine, greedy_requests(96))[1]["r2"][:40]
+        for engine in (
+            build_engine(config.model_copy(update={"quantization": "auto"})),
+            build_engine(config),
+            ranks.engine(),
+        )
+    )
+    ranks.close()
+    error = max(abs(a - b) for a, b in zip(quantized, full, strict=True))
+    assert max(abs(a - b) for a, b in zip(found, full, strict=True)) <= 1.5 * error
+
+
+def test_ranks_name_their_pages_apart_and_alike_where_they_mean_the_same(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    config = config_of(model_of("llama"))
+    seen = []
+    for cut in (Cut(2, 2), Cut(2, 2), Cut(2, 1)):
+        ranks = load(config, cut)
+        seen.append([each.namespace for each in ranks.facts])
+        ranks.close()
+    assert seen[0] == seen[1]
+    assert len({*seen[0], *seen[2]}) == 6
+
+
+def test_memory_is_that_of_the_replica_however_it_is_cut(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """Two heads of keys on two ranks: each has half of a page, in which it has half of the memory."""
+    config = config_of(model_of("llama"))
+    pages = []
+    for cut in (Cut(1, 1), Cut(2, 2)):
+        ranks = load(config, cut)
+        pages.append({each.num_pages for each in ranks.facts})
+        assert sum(each.page_bytes for each in ranks.facts) == 16 * 2 * 2 * 2 * 8 * 4
+        ranks.close()
+    assert pages[0] == pages[1] == {8 * 2**20 // (16 * 2 * 2 * 2 * 8 * 4)}
+
+
+def test_a_rank_that_cannot_load_says_why(
+    model_of: Callable[[str], Path], tmp_path: Path, load: Callable[[EngineConfig, Cut], Ranks], pool: Pool
+) -> None:
+    with pytest.raises(ValueError, match="4 heads cannot be divided among 3 ranks"):
+        load(config_of(model_of("llama")), Cut(3))
+    with pytest.raises(ValueError, match="the model has no experts"):
+        load(config_of(model_of("llama")), Cut(2, 1, 2))
+    config = config_of(model_of("llama"), kv=KVConfig(memory=100))
+    with pytest.raises(ValueError, match="less than one page of 16 tokens"):
+        load(config, Cut(1, 2))
+    with pytest.raises((ModelError, RanksLost)):
+        pool.processes[0].send("load", config_of(tmp_path), Cut().places(1)[0], "tcp://127.0.0.1:1")
+        pool.processes[0].answer()
+
+
+def test_a_rank_that_dies_is_an_error_for_its_neighbour_in_bounded_time(model_of: Callable[[str], Path]) -> None:
+    """In shared memory nobody closes a connection: the wait itself is bounded."""
+    pool = Pool()
+    try:
+        pool.take(2)
+        for process in pool.processes:
+            process.send("call", wait_at_most, 1.0)
+            process.answer()
+        ranks = pool.load(config_of(model_of("llama")), Cut(2))
+        engine = ranks.engine(32)
+        neighbour = pool.processes[1].process
+        neighbour.kill()
+        neighbour.join(10)
+        driver = Driver(model_of("llama"), "torch")
+        batch = driver.batch([(driver.start(random_tokens(9)), 9)])
+        began = time.monotonic()
+        pool.processes[0].send("run", batch)
+        with pytest.raises(RanksLost, match="one of 2 ranks that share a stage did not come within 1 s"):
+            pool.processes[0].answer()
+        assert time.monotonic() - began < 10
+        engine.close()
+    finally:
+        pool.close()
+
+
+def wait_at_most(seconds: float) -> None:
+    """In a rank's process: how long it waits for others from now on."""
+    from engine.parallel import meeting
+
+    meeting.Meeting.__init__.__defaults__ = (timedelta(seconds=seconds),)
+
+
+def test_a_stage_goes_on_while_the_next_one_is_behind(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """It is asked for three batches before the next stage has seen any; what it sends waits, and keeps its order."""
+    path = model_of("neox")
+    driver = Driver(path, "C")
+    streams = [driver.start(random_tokens(7 + 6 * index, seed=index)) for index in range(3)]
+    batches = [driver.batch([(stream, len(stream.tokens))]) for stream in streams]
+    expected = [driver.runner.run(batch).token_ids for batch in batches]
+    ranks = load(config_of(path), Cut(1, 2))
+    ranks.start(160)
+    first, second = ranks.processes
+    for process in (first, second):
+        for batch in batches:
+            process.send("run", batch)
+        if process is first:
+            assert [process.answer() for _ in batches] == [None] * 3
+    assert [second.answer().token_ids for _ in batches] == expected
+    ranks.close()
+
+
+def test_results_do_not_depend_on_chunks_where_that_is_asked_for(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """Sums over ranks have a fixed order: the same bits in one chunk, in two, and token by token."""
+    ranks = load(config_of(model_of("llama"), deterministic=True), Cut(2))
+    tokens, found = random_tokens(24), []
+    for chunks in ([24], [9, 15], [1] * 24):
+        executor = ranks.start(16)
+        driver = Driver(model_of("llama"), "torch", num_pages=16)
+        stream = driver.start(tokens)
+        for count in chunks:
+            batch = driver.batch([(stream, count)])
+            stream.computed += count
+            executor.submit(replace(batch, samples=replace(batch.samples, logprobs={0: 20})))
+            output = executor.collect()
+        found.append(output.logprobs)
+    ranks.close()
+    assert found[0] == found[1] == found[2]
