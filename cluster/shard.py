@@ -19,9 +19,10 @@ import ray
 from cluster.kv.wire import WireError
 from cluster.shards.channel import RankChannel
 from cluster.shards.door import Door
+from cluster.shards.tier import RankTier
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
-from engine.kv.tier import PageMemory
+from engine.kv.tier import PageMemory, TierFactory
 from engine.parallel.place import Place, RankFacts
 
 logger = logging.getLogger(__name__)
@@ -89,10 +90,15 @@ class ShardActor:
         self._loaded = load(config, place, rendezvous)
         return self._loaded.facts
 
-    def start(self, num_pages: int) -> None:
-        """Gets ready to run, with so many pages. Raises what the rank raises."""
+    def start(self, num_pages: int, make_tier: TierFactory | None) -> None:
+        """Gets ready to run, with so many pages, which overflow to what `make_tier` makes. Raises what they raise."""
         assert self._loaded is not None, "load() comes before start()"
         self._runner = self._loaded.start(num_pages)
+        if make_tier is not None:
+            namespace = self._loaded.facts.namespace
+            client = make_tier(namespace, self._runner.memory)
+            fail = self._channel.fault
+            self._tier = RankTier(self._channel.pages(), client, lambda error: fail(reason_of(error)))
         self._loaded = None
 
     def serve(self) -> NoReturn:

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv.keys import root_key
 from engine.kv.pages import PagePool
+from engine.kv.tier import TierFactory
 from engine.limits import Limits
 from engine.models.directory import load_spec
 from engine.models.source import resolve_model
@@ -33,8 +34,11 @@ def build_sharded_engine(
     each: Amounts,
     load: RankLoader,
     prepare: Callable[[], None],
+    make_tier: TierFactory | None,
 ) -> Engine:
     """The engine of a replica called `name`, whose ranks take `each` of Ray's resources and are loaded by `load`.
+
+    `prepare` is done first in the process of each, and `make_tier` makes the place that its pages overflow to.
 
     Raises ModelError, ValueError, `cluster.shards.placement.NoRoom` or `cluster.shard_group.ShardLost`.
     """
@@ -42,7 +46,8 @@ def build_sharded_engine(
     path = resolve_model(config.model, config.revision)
     spec = load_spec(path)
     check_degrees(spec, parallel)
-    group = ShardGroup(GroupOrder(name, config, parallel, places_of(parallel, spec.layers), load, each, prepare))
+    places = places_of(parallel, spec.layers)
+    group = ShardGroup(GroupOrder(name, config, parallel, places, load, each, prepare, make_tier))
     engine = engine_over(group, config, path)
     logger.info(
         "%s from %s: %d ranks (%d tensor x %d pipeline), %d batches in flight, weights %.1f MiB in all, "
@@ -72,7 +77,7 @@ def engine_over(group: ShardGroup, config: EngineConfig, model_path: Path | None
         raise
     facts = group.facts[0]
     return Engine(
-        Scheduler(config.scheduler, PagePool(kv.num_pages), facts.page_tokens, depth=group.depth),
+        Scheduler(config.scheduler, PagePool(kv.num_pages), facts.page_tokens, tier=group.tier, depth=group.depth),
         group,
         Limits(kv.max_model_len, facts.vocab_size),
         eos_token_ids=facts.eos_token_ids,

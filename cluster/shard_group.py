@@ -28,10 +28,12 @@ from cluster.nodes import living_nodes, this_node
 from cluster.shard import RankLoader, ShardActor, Whereabouts, reason_of
 from cluster.shards.channel import ChannelClosed, GroupChannel
 from cluster.shards.placement import Amounts, Bundles, NoRoom, bundle_of, lay_bundles, refusal
+from cluster.shards.tier import GroupTier
 from cluster.shards.watch import BEAT_S, Loss, Watch
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.kv.tier import TierFactory
 from engine.parallel.place import Place, RankFacts
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ class GroupOrder:
     """Resources of a rank, as Ray counts them."""
     prepare: Callable[[], None] = _do_nothing
     """The first that each rank does in its process."""
+    make_tier: TierFactory | None = None
+    """Where each rank's pages overflow to; None for nowhere. Importable there, too."""
 
     @property
     def depth(self) -> int:
@@ -99,6 +103,8 @@ class ShardGroup:
         self._channel: GroupChannel | None = None
         self._serving: list[Any] = []
         self._uncollected: deque[int] = deque()
+        self.tier: GroupTier | None = None
+        """Where pages of the whole group overflow to, once it has started; for the thread that owns it."""
         self._ending = threading.Lock()
         self._ended = False
         try:
@@ -122,12 +128,14 @@ class ShardGroup:
         """Has every rank make so many pages, and begins to watch over them. Raises as the constructor does."""
         assert self._channel is not None
         try:
-            self._ask_all([actor.start.remote(num_pages) for actor in self._actors])
+            self._ask_all([actor.start.remote(num_pages, self._order.make_tier) for actor in self._actors])
             for rank, actor in enumerate(self._actors):
                 self._serving.append(actor.serve.remote())
                 # Ray tells of the end of a process sooner than its silence does.
                 self._serving[-1].future().add_done_callback(partial(self._stopped_serving, rank))
             self._channel.arm()
+            if self._order.make_tier is not None:
+                self.tier = GroupTier(self._channel.pages)
         except ChannelClosed:
             self.close()
             raise self._lost() from None

@@ -1,6 +1,6 @@
 """Engines whose model is cut into ranks, as replicas make them. torch is imported by the ranks alone."""
 
-import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +8,15 @@ from functools import partial
 from ray import serve
 
 from cluster.config import ParallelConfig
+from cluster.kv.client import Bandwidth, TierClient
+from cluster.kv_host import host_finder
 from cluster.shard import LoadedRank, RankLoader
 from cluster.shard_engine import build_sharded_engine
 from deployments.logs import configure_logging
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.kv.tier import PageMemory, Tier
 from engine.parallel.place import Place
-
-logger = logging.getLogger(__name__)
 
 
 def load_rank(config: EngineConfig, place: Place, rendezvous: str) -> LoadedRank:
@@ -23,6 +24,13 @@ def load_rank(config: EngineConfig, place: Place, rendezvous: str) -> LoadedRank
     from engine.parallel.rank import load_rank
 
     return load_rank(config, place, rendezvous)
+
+
+def make_rank_tier(application: str, bandwidth: float | None, layout: bytes, memory: PageMemory) -> Tier:
+    """What the pages of this process's rank overflow to: the KV host of its own node."""
+    return TierClient(
+        host_finder(application), layout, memory, name=f"rank {os.getpid()}", bandwidth=Bandwidth(save=bandwidth)
+    )
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,11 @@ class ShardedFactory:
     def __call__(self, config: EngineConfig, find_host: object) -> Engine:
         context = serve.get_replica_context()
         replica = context.replica_id.unique_id
+        make_tier = None
         if find_host is not None and config.kv.offload:
-            logger.info("Pages of a replica with several ranks do not overflow to KV hosts: what is lost is computed")
+            bandwidth = config.kv.offload_bandwidth
+            each = None if bandwidth is None else bandwidth / self.parallel.ranks
+            make_tier = partial(make_rank_tier, context.app_name, each)
         return build_sharded_engine(
             config,
             self.parallel,
@@ -46,4 +57,5 @@ class ShardedFactory:
             each=self.each,
             load=self.load,
             prepare=partial(configure_logging, f"rank of {replica}"),
+            make_tier=make_tier,
         )

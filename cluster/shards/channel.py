@@ -65,6 +65,11 @@ class GroupChannel:
         return self._doors.of_ranks
 
     @property
+    def pages(self) -> "list[zmq.Socket[bytes]]":
+        """By rank, where it is told which pages to copy; for the thread that sends. `close` closes them."""
+        return self._doors.pages
+
+    @property
     def finished(self) -> tuple[int, ...]:
         """Batches that each rank has finished, as far as is known."""
         return self._watch.finished
@@ -116,7 +121,7 @@ class GroupChannel:
         if self._pulse is not threading.current_thread():
             self._pulse.join(CLOSE_TIMEOUT_S)
         self._closed = True
-        for socket in self._doors.work:
+        for socket in (*self._doors.work, *self._doors.pages):
             socket.close()
         self._doors.close()
         self._context.destroy()
@@ -184,6 +189,8 @@ class GroupChannel:
 
     def _lose(self, loss: Loss) -> None:
         self.loss = loss
+        # Now: whoever is to close this may not live to do so.
+        self._doors.remove_files()
         try:
             self._on_loss(loss)
         except Exception:
@@ -223,6 +230,10 @@ class RankChannel:
     def send(self, message: Message) -> None:
         """Raises WireError, and zmq.Again where the group does not take what was sent before."""
         self._work.send(encode(message), zmq.NOBLOCK)
+
+    def pages(self) -> "zmq.Socket[bytes]":
+        """A socket for what is said of pages, for whichever thread does so, which also closes it."""
+        return self._door.connect(self._context, self._door.pages)
 
     def fault(self, reason: str) -> None:
         """Says that this rank cannot go on; the first reason counts."""

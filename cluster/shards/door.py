@@ -41,12 +41,14 @@ class Door:
     """Where batches come from and outputs go to."""
     pulse: str
     """Where it says that it lives."""
+    pages: str
+    """Where it is told which pages to copy."""
     keys: Keys | None = field(default=None, repr=False)
     folder: str = ""
     """To be removed when nobody else is left to do so; empty for a rank of another node."""
 
     def connect(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str) -> "zmq.Socket[bytes]":
-        """A socket at the rank's end of `work` or `pulse`."""
+        """A socket at the rank's end of one of these."""
         made = socket(context)
         # Once lost, a connection stays lost: what was on its way is gone, and a batch must not be skipped.
         made.reconnect_ivl = -1
@@ -59,7 +61,7 @@ class Door:
 
 
 class Doors:
-    """The group's end: two bound sockets for each rank."""
+    """The group's end: three bound sockets for each rank."""
 
     def __init__(
         self, context: "zmq.Context[zmq.Socket[bytes]]", near: Sequence[bool], address: str, parent: Path
@@ -76,6 +78,7 @@ class Doors:
             self._guard.start()
         self.work: list[zmq.Socket[bytes]] = []
         self.pulse: list[zmq.Socket[bytes]] = []
+        self.pages: list[zmq.Socket[bytes]] = []
         try:
             self.of_ranks = [
                 self._near(rank) if is_near else self._far(rank, address) for rank, is_near in enumerate(near)
@@ -84,19 +87,24 @@ class Doors:
             self.close()
             raise OSError(f"no socket for ranks on {address}: {error}") from error
 
+    def remove_files(self) -> None:
+        """Nobody comes in by the node's own doors any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def close(self) -> None:
-        """Removes the files. The sockets are closed by those who use them."""
+        """Lets nobody in any more. The sockets are closed by those who use them."""
         if self._guard is not None:
             self._guard.stop()
             self._guard = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.remove_files()
 
     def _near(self, rank: int) -> Door:
-        work, pulse = (f"ipc://{self.folder}/{kind}{rank}" for kind in "wp")
-        for sockets, endpoint in ((self.work, work), (self.pulse, pulse)):
+        endpoints = [f"ipc://{self.folder}/{kind}{rank}" for kind in ("work", "pulse", "pages")]
+        for sockets, endpoint in zip((self.work, self.pulse, self.pages), endpoints, strict=True):
             sockets.append(socket(self._context))
             sockets[-1].bind(endpoint)
-        return Door(rank, work, pulse, folder=str(self.folder))
+        work, pulse, pages = endpoints
+        return Door(rank, work, pulse, pages, folder=str(self.folder))
 
     def _far(self, rank: int, address: str) -> Door:
         public, secret = zmq.curve_keypair()
@@ -104,7 +112,7 @@ class Doors:
         domain = f"rank{rank}"
         self._guard.configure_curve_callback(domain, _Only(public))
         endpoints = []
-        for sockets in (self.work, self.pulse):
+        for sockets in (self.work, self.pulse, self.pages):
             made = socket(self._context)
             sockets.append(made)
             made.curve_server = True
@@ -113,7 +121,8 @@ class Doors:
             made.ipv6 = ":" in address
             made.bind(f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*")
             endpoints.append(made.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
-        return Door(rank, endpoints[0], endpoints[1], Keys(self._public, public, secret))
+        work, pulse, pages = endpoints
+        return Door(rank, work, pulse, pages, Keys(self._public, public, secret))
 
 
 def socket(context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":
@@ -138,5 +147,5 @@ class _Only:
 
 def _fitting(parent: Path) -> Path:
     """Where a socket's path is not too long: here, if so."""
-    fits = len(str(parent / f"{_PREFIX}12345678" / "w1234")) <= _LONGEST_PATH
+    fits = len(str(parent / f"{_PREFIX}12345678" / "pulse1234")) <= _LONGEST_PATH
     return parent if fits else Path(tempfile.gettempdir())

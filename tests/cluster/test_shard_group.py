@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from engine.build import build_engine
 from tests.cluster.shards.fake_ranks import MAX_POSITION, NUM_PAGES
+from tests.cluster.shards.group_server import generate, real_config
 from tests.engine.rig import expected
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +106,8 @@ def ends(server: Server, ranks: Ranks) -> None:
 
 
 def ends_by_itself(server: Server, ranks: Ranks) -> None:
-    """The processes of a group that is lost end before anybody has closed it."""
-    until(lambda: not any(map(is_alive, ranks.pids)))
+    """The processes and files of a group that is lost go before anybody has closed it."""
+    until(ranks.are_gone)
     ends(server, ranks)
 
 
@@ -222,6 +224,30 @@ class TestLosses:
         with pytest.raises(Failed, match="rank 1 on"):
             server.ask("generate", prompts=PROMPTS, max_tokens=3)
         ends_by_itself(server, ranks)
+
+
+def test_pages_overflow_to_the_hosts_of_all_ranks_and_come_back(server: Server) -> None:
+    ranks = server.start(tensor=2, pipeline=2, kv_hosts=True)
+    until(lambda: server.ask("ready"))
+    prompts = [[index] * 90 for index in range(6)]  # each takes more than a third of the pages
+    for _ in range(3):
+        for prompt in prompts:
+            got = server.ask("generate", prompts=[prompt], max_tokens=4)
+            assert got["tokens"] == [expected(prompt, 4)]
+    stats = server.ask("stats")
+    assert stats["tier_pages_saved_total"] >= 6 * (90 // 4)
+    assert stats["tier_pages_loaded_total"] > 0
+    assert stats["tier_pages_corrupt_total"] == stats["tier_failures_total"] == 0
+    ends(server, ranks)
+
+
+@pytest.mark.parametrize("degrees", [{"tensor": 2, "pipeline": 2}, {"pipeline": 3}])
+def test_the_real_ranks_draw_what_one_engine_would(server: Server, degrees: dict[str, int]) -> None:
+    prompts = [list(range(3, 3 + 7 * length)) for length in range(1, 6)]
+    alone = build_engine(real_config("manta-tiny"))
+    want = generate(alone, prompts, 12)
+    alone.close()
+    assert server.ask("build", model="manta-tiny", prompts=prompts, max_tokens=12, **degrees) == want
 
 
 def test_ranks_whose_group_is_stopped_end_themselves_and_remove_what_it_cannot(server: Server) -> None:

@@ -161,7 +161,7 @@ def test_the_folder_of_the_sockets_is_private(rig: Rig) -> None:
     (folder,) = rig.folder.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert group.doors[0].folder == str(folder)
-    assert {path.name for path in folder.iterdir()} == {"w0", "p0"}
+    assert {path.name for path in folder.iterdir()} == {"work0", "pulse0", "pages0"}
 
 
 def test_a_folder_with_a_long_name_is_not_used(rig: Rig) -> None:
