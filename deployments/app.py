@@ -66,7 +66,7 @@ def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: Rank
     replicas = (
         _deployment(LLMReplica, replicas=config.replicas, cpus=share, drain_s=config.drain_timeout_s)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
-        .options(**(_reservation(config, each) if ranks > 1 else {}))
+        .options(**(reservation(config, each) if ranks > 1 else {}))
         .bind(engine, config.model_name, hub, engine_factory, hosts)
     )
     streams = _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.gateway.streams, hub)
@@ -92,7 +92,7 @@ def _deployment(actor: type, *, replicas: int, cpus: float, drain_s: float) -> A
     )
 
 
-def _reservation(config: AppConfig, each: Mapping[str, float]) -> dict[str, Any]:
+def reservation(config: AppConfig, each: Mapping[str, float]) -> dict[str, Any]:
     """What Serve reserves for a replica and its ranks together; the replica itself takes nothing of it.
 
     Serve's own placement, rather than one that replicas make: it starts none where there is no room, counts what all of

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import zmq
 
@@ -79,12 +80,12 @@ class GroupChannel:
 
         Nothing is sent before: it would be lost on whoever is not there yet.
         """
-        for socket in self._doors.work:
+        for rank, socket in enumerate(self._doors.work):
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN)
             poller.register(self._lost_bell, zmq.POLLIN)
             if socket not in dict(poller.poll(_milliseconds(CONNECT_TIMEOUT_S))):
-                raise ChannelClosed
+                self._give_up(rank, f"it has not come in {CONNECT_TIMEOUT_S:g} s")
             socket.recv()
         self._tell(self._watch.arm)
 
@@ -101,7 +102,7 @@ class GroupChannel:
             try:
                 socket.send(data, zmq.NOBLOCK)
             except zmq.Again:
-                self._give_up(rank)
+                self._give_up(rank, "it takes no more messages")
 
     def receive(self) -> Message:
         """The next message of the answering rank. Raises ChannelClosed when a rank is lost, and WireError."""
@@ -128,9 +129,12 @@ class GroupChannel:
         for bell in (self._news_bell, self._lost_bell):
             os.close(bell)
 
-    def _give_up(self, rank: int) -> None:
-        self.gone(rank, "it takes no more messages")
-        self._poller.poll(_milliseconds(CLOSE_TIMEOUT_S))
+    def _give_up(self, rank: int, reason: str) -> NoReturn:
+        """Takes a rank for lost, unless another one is."""
+        self.gone(rank, reason)
+        bell = zmq.Poller()
+        bell.register(self._lost_bell, zmq.POLLIN)
+        bell.poll(_milliseconds(CLOSE_TIMEOUT_S))
         raise ChannelClosed
 
     def _tell(self, news: Callable[[], None]) -> None:

@@ -5,6 +5,8 @@ encrypted with CURVE (RFC 26/ZMTP), where each socket admits the one key that wa
 through Ray, to the actor that they are for.
 """
 
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from cluster.shards.fields import MAX_BYTES
 HIGH_WATER = 1024
 """Messages that may wait at either end of a socket: far more than there are batches in flight."""
 _PREFIX = "ranks-"
+_LOCK = "lock"
 _LONGEST_PATH = 100
 """A socket's, with its name: 107 characters are the most that Linux takes."""
 
@@ -68,7 +71,8 @@ class Doors:
     ) -> None:
         """`near`: by rank, whether it is on this node; `address`: of this node, that others reach; `parent`: a folder
         for the one of the sockets. Raises OSError."""
-        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_fitting(parent)))
+        self._lock: int | None
+        self.folder, self._lock = _claim(_fitting(parent))
         self._guard: ThreadAuthenticator | None = None
         self._context = context
         self._secret = self._public = b""
@@ -97,6 +101,9 @@ class Doors:
             self._guard.stop()
             self._guard = None
         self.remove_files()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _near(self, rank: int) -> Door:
         endpoints = [f"ipc://{self.folder}/{kind}{rank}" for kind in ("work", "pulse", "pages")]
@@ -123,6 +130,37 @@ class Doors:
             endpoints.append(made.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
         work, pulse, pages = endpoints
         return Door(rank, work, pulse, pages, Keys(self._public, public, secret))
+
+
+def _claim(parent: Path) -> tuple[Path, int]:
+    """A new folder that is this user's alone, and the lock in it that says that its group lives.
+
+    Folders of groups whose process was killed are removed: their ranks are ended before they can do so themselves.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    # It is there only once it is locked: others look for folders whose lock they can take.
+    lock = _locked(folder / f"{_LOCK}.new", os.O_CREAT)
+    assert lock is not None, "nobody else knows of it yet"
+    (folder / f"{_LOCK}.new").rename(folder / _LOCK)
+    for other in parent.glob(f"{_PREFIX}*"):
+        if other != folder and (abandoned := _locked(other / _LOCK)) is not None:
+            shutil.rmtree(other, ignore_errors=True)
+            os.close(abandoned)
+    return folder, lock
+
+
+def _locked(path: Path, flags: int = 0) -> int | None:
+    """The file, open and locked; None if there is none of ours or its owner lives."""
+    try:
+        found = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(found)
+        return None
+    return found
 
 
 def socket(context: "zmq.Context[zmq.Socket[bytes]]") -> "zmq.Socket[bytes]":

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.kv.keys import root_key
 from engine.parallel.place import Place, RankFacts
 from tests.engine.fakes import VOCAB, LedgerRunner
 
@@ -142,7 +143,7 @@ class FakeLoaded:
             max_position=MAX_POSITION,
             vocab_size=257 if letters else VOCAB,
             eos_token_ids=(),
-            namespace=b"fake %d of %d" % (place.rank, place.world),
+            namespace=root_key(f"fake rank {place.rank} of {place.world}"),
         )
 
     def start(self, num_pages: int) -> FakeRunner:

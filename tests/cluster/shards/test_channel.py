@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from cluster.shards import channel as channel_module
+from cluster.shards import door as door_module
 from cluster.shards.channel import ChannelClosed, GroupChannel, RankChannel
 from cluster.shards.door import Door, Keys
 from cluster.shards.fields import MAX_BYTES
@@ -95,6 +96,25 @@ def test_nothing_is_sent_before_all_are_there(rig: Rig) -> None:
     assert isinstance(first.receive(), Batch) and isinstance(second.receive(), Batch)
 
 
+def test_a_rank_that_does_not_come_is_lost(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "CONNECT_TIMEOUT_S", 0.2)
+    group = rig.group(True, True)
+    rig.rank(group.doors[0])
+    with pytest.raises(ChannelClosed):
+        group.arm()
+    assert group.loss == Loss(1, "it has not come in 0.2 s")
+
+
+def test_a_rank_that_takes_no_more_is_lost(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it goes on beating."""
+    monkeypatch.setattr(door_module, "HIGH_WATER", 2)
+    group, _ = rig.joined(True, True)
+    with pytest.raises(ChannelClosed):
+        for step in range(10_000):
+            group.send(decodes(32, step=step))
+    assert group.loss is not None and group.loss.reason == "it takes no more messages"
+
+
 def test_beats_tell_how_far_a_rank_is(rig: Rig) -> None:
     group, ranks = rig.joined(True, True)
     ranks[1].finished = 12
@@ -161,7 +181,7 @@ def test_the_folder_of_the_sockets_is_private(rig: Rig) -> None:
     (folder,) = rig.folder.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     assert group.doors[0].folder == str(folder)
-    assert {path.name for path in folder.iterdir()} == {"work0", "pulse0", "pages0"}
+    assert {path.name for path in folder.iterdir()} == {"lock", "work0", "pulse0", "pages0"}
 
 
 def test_a_folder_with_a_long_name_is_not_used(rig: Rig) -> None:
@@ -209,6 +229,20 @@ def test_sockets_are_bounded_and_forget_what_was_not_sent(rig: Rig) -> None:
     for socket in (*group._doors.work, *group._doors.pulse, ranks[0]._work):
         assert socket.linger == 0 and 0 < socket.sndhwm < 10_000 and 0 < socket.rcvhwm < 10_000
         assert socket.maxmsgsize == MAX_BYTES
+
+
+def test_what_a_group_that_was_killed_has_left_is_removed_by_the_next(rig: Rig) -> None:
+    group = rig.group(True)
+    abandoned, unknown = rig.folder / "ranks-dead", rig.folder / "ranks-mine"
+    for each in (abandoned, unknown):
+        each.mkdir()
+        (each / "work0").touch()
+    (abandoned / "lock").touch()
+    rig.group(True)
+    assert not abandoned.exists() and unknown.exists()
+    assert Path(group.doors[0].folder).exists(), "its group lives"
+    (unknown / "work0").unlink()
+    unknown.rmdir()
 
 
 def open_files() -> int:
