@@ -9,22 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.choices import choose_kv_dtype, has_int4, load_configured, page_namespace
 from engine.config import EngineConfig
-from engine.devices import Device, choose_device
+from engine.devices import choose_device
 from engine.engine import Engine
 from engine.executor import LocalExecutor
 from engine.forward import Forward
-from engine.kv.cache import PagedKVCache, kv_bytes_per_token
-from engine.kv.copies import DevicePages, HostPages
 from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.kv.tier import TierFactory
 from engine.limits import Limits
-from engine.models.decoder import Decoder
 from engine.models.directory import load_eos_token_ids
 from engine.models.source import resolve_model
 from engine.models.spec import ModelSpec
+from engine.ready import ReadyModel, has_int4, load
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 
@@ -58,56 +55,44 @@ def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Asse
     began = time.monotonic()
     path = resolve_model(config.model, config.revision)
     device = choose_device(config, int4=has_int4(config, path))
-    loaded = load_configured(config, path, device.name)
-    backend = device.backend(loaded)
-    decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
-    kv_dtype = choose_kv_dtype(config, path, device.name, decoder.dtype)
-    kv = _plan_kv(config, decoder.spec, kv_dtype, device)
-    cache = PagedKVCache(
-        decoder.spec,
-        kv.num_pages + device.spare_pages,
-        device.page_tokens,
-        kv_dtype,
-        device.name,
-        backend.kv_layout,
-    )
-    forward = backend.forward(decoder, cache)
+    ready = load(config, path, device)
+    spec, kv = ready.decoder.spec, _plan_kv(config, ready)
+    cache = ready.cache(kv.num_pages)
+    forward = ready.backend.forward(ready.decoder, cache)
     log.info(
         "%s from %s: %s, %s kernels, %d threads, weights %s, %s KV %s in %d pages of %d tokens, "
         "up to %d tokens a sequence; %.1f s",
         config.model,
         path,
-        str(decoder.dtype).removeprefix("torch."),
-        backend.name,
+        str(ready.decoder.dtype).removeprefix("torch."),
+        ready.backend.name,
         torch.get_num_threads(),
-        _mebibytes(loaded.num_bytes),
-        str(kv_dtype).removeprefix("torch."),
+        _mebibytes(ready.weight_bytes),
+        str(ready.kv_dtype).removeprefix("torch."),
         _mebibytes(kv.num_bytes),
         kv.num_pages,
         device.page_tokens,
         kv.max_model_len,
         time.monotonic() - began,
     )
-    namespace = page_namespace(config, path, cache.dtype, cache.layout, cache.page_tokens, decoder.dtype, backend.name)
-    memory = HostPages(cache) if device.name == "cpu" else DevicePages(cache)
-    tier = None if make_tier is None else make_tier(namespace, memory)
+    tier = None if make_tier is None else make_tier(ready.namespace, ready.memory(cache))
     engine = Engine(
         Scheduler(config.scheduler, PagePool(kv.num_pages), device.page_tokens, tier=tier),
         LocalExecutor(Runner(forward, device.page_tokens, device.sampler())),
-        Limits(kv.max_model_len, decoder.spec.vocab_size),
+        Limits(kv.max_model_len, spec.vocab_size),
         eos_token_ids=load_eos_token_ids(path),
         model_path=path,
         prefix_caching=config.kv.prefix_caching,
-        namespace=namespace.hex(),
+        namespace=ready.namespace.hex(),
     )
-    return Assembly(engine, forward, decoder.spec, kv_dtype, loaded.num_bytes)
+    return Assembly(engine, forward, spec, ready.kv_dtype, ready.weight_bytes)
 
 
-def _plan_kv(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: Device) -> KVPlan:
-    memory = config.kv.memory
+def _plan_kv(config: EngineConfig, ready: ReadyModel) -> KVPlan:
+    memory, device, spec = config.kv.memory, ready.device, ready.decoder.spec
     return plan_kv(
         budget_bytes=int(device.free_bytes() * config.kv.memory_share) if memory == "auto" else memory,
-        bytes_per_token=kv_bytes_per_token(spec, dtype),
+        bytes_per_token=ready.page_bytes // device.page_tokens,
         page_tokens=device.page_tokens,
         max_sequences=config.scheduler.max_sequences,
         model_max_len=spec.max_position,

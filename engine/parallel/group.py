@@ -54,7 +54,7 @@ class TensorGroup:
         return x
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """[T, N] of each rank, all of one shape, to [size, T, N] of rank 0; None of the others. Raises RanksLost."""
+        """[T, N] of each rank, all of one shape, to [T, size, N] of rank 0; None of the others. Raises RanksLost."""
         if self._shared is not None:
             return self._shared.gather(x)
         x = x.contiguous()
@@ -63,7 +63,7 @@ class TensorGroup:
             root = GatherOptions()
             root.rootRank = 0
             finish(self._group.gather([found] if found else [], [x], root), "gathering")
-        return torch.stack(found) if found else None
+        return torch.stack(found, dim=1) if found else None
 
     def check(self) -> None:
         """Raises RanksLost if a sum since the last check means nothing, for want of a rank."""

@@ -11,23 +11,18 @@ from pathlib import Path
 import torch
 
 from engine.batch import Batch, StepOutput
-from engine.choices import choose_kv_dtype, has_int4, load_configured, page_namespace
 from engine.config import EngineConfig
-from engine.devices import Device, choose_device
-from engine.forward import Backend, Forward
-from engine.kv.cache import PagedKVCache, kv_bytes_per_token
-from engine.kv.copies import DevicePages, HostPages
+from engine.devices import choose_device
+from engine.forward import Forward
 from engine.kv.tier import PageMemory
 from engine.machine import available_cores
-from engine.models.decoder import Decoder
 from engine.models.directory import load_eos_token_ids
-from engine.models.loader import LoadedModel
 from engine.models.source import resolve_model
-from engine.models.spec import ModelSpec
 from engine.parallel.group import Link, TensorGroup
 from engine.parallel.meeting import LOADING_TIMEOUT, Meeting
 from engine.parallel.place import Place, RankFacts
 from engine.parallel.sampler import RanksSampler
+from engine.ready import has_int4, load
 from engine.runner import Draws, Receive, Runner, inputs_of, layout_of
 
 __all__ = ["LoadedRank", "Place", "RankFacts", "RankRunner", "load_rank"]
@@ -93,52 +88,32 @@ class RankRunner:
 class LoadedRank:
     """A rank that holds its weights and has room for pages, but no pages yet."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        path: Path,
-        device: Device,
-        loaded: LoadedModel,
-        meeting: Meeting,
-    ) -> None:
-        self._device = device
+    def __init__(self, config: EngineConfig, path: Path, meeting: Meeting) -> None:
         self._meeting = meeting
-        self._torch_device = torch.device(device.name)
         self._place = meeting.place
+        self._device = choose_device(config, int4=has_int4(config, path))
+        self._torch_device = torch.device(self._device.name)
         self._group = self._join()
-        self._backend: Backend = device.backend(loaded, self._group)
-        self._decoder = Decoder(loaded.part, loaded.parameters, self._backend.operators, loaded.dtype)
-        self._kv_dtype = choose_kv_dtype(config, path, device.name, loaded.dtype)
+        self._ready = load(config, path, self._device, self._place, self._group)
         self._link = self._connect_stages()
-        page_tokens, spec = device.page_tokens, loaded.part.spec
-        page_bytes = page_tokens * kv_bytes_per_token(spec, self._kv_dtype)
         # Whoever still loads takes memory that looks free now.
         meeting.wait_for_all("loaded", LOADING_TIMEOUT)
-        namespace = page_namespace(
-            config,
-            path,
-            self._kv_dtype,
-            self._backend.kv_layout,
-            page_tokens,
-            loaded.dtype,
-            self._backend.name,
-            self._place,
-        )
+        spec = self._ready.decoder.spec
         self.facts = RankFacts(
-            num_pages=self._affordable_pages(config, loaded.part.whole, page_bytes),
-            page_tokens=page_tokens,
-            page_bytes=page_bytes,
-            weight_bytes=loaded.num_bytes,
+            num_pages=self._affordable_pages(config),
+            page_tokens=self._device.page_tokens,
+            page_bytes=self._ready.page_bytes,
+            weight_bytes=self._ready.weight_bytes,
             max_position=spec.max_position,
             vocab_size=spec.vocab_size,
             eos_token_ids=load_eos_token_ids(path),
-            namespace=namespace,
+            namespace=self._ready.namespace,
         )
 
     @property
     def kernels(self) -> str:
         """For the log."""
-        return self._backend.name
+        return self._ready.backend.name
 
     @property
     def sums_in_shared_memory(self) -> bool:
@@ -150,12 +125,9 @@ class LoadedRank:
 
         All ranks get the same number of pages.
         """
-        device, decoder = self._device, self._decoder
-        pages = num_pages + device.spare_pages
-        cache = PagedKVCache(
-            decoder.spec, pages, device.page_tokens, self._kv_dtype, device.name, self._backend.kv_layout
-        )
-        forward = self._backend.forward(decoder, cache)
+        decoder, device = self._ready.decoder, self._device
+        cache = self._ready.cache(num_pages)
+        forward = self._ready.backend.forward(decoder, cache)
         sampler = device.sampler()
         draws: Draws = sampler
         if self._group is not None and self._place.is_last:
@@ -163,7 +135,7 @@ class LoadedRank:
         return RankRunner(
             forward,
             device.page_tokens,
-            HostPages(cache) if device.name == "cpu" else DevicePages(cache),
+            self._ready.memory(cache),
             answers=self._place.answers,
             group=self._group,
             receive=None if self._place.is_first else self._receive,
@@ -184,25 +156,27 @@ class LoadedRank:
         return TensorGroup(self._meeting, connections)
 
     def _connect_stages(self) -> Link | None:
-        place, spec = self._place, self._decoder.spec
+        place, decoder = self._place, self._ready.decoder
         if place.stages == 1:
             return None
         connections = self._meeting.connect("stages", place.rank, place.world, self._torch_device)
-        size, dtype = place.tensor.size, self._decoder.dtype
-        return Link(connections, place.rank, size, spec.hidden, dtype, _BATCHES_UNDER_WAY)
+        size, width = place.tensor.size, decoder.spec.hidden
+        return Link(connections, place.rank, size, width, decoder.dtype, _BATCHES_UNDER_WAY)
 
-    def _affordable_pages(self, config: EngineConfig, whole: ModelSpec, page_bytes: int) -> int:
+    def _affordable_pages(self, config: EngineConfig) -> int:
         """Raises ValueError, naming the setting to change, if there is room for none."""
+        place, page_bytes = self._place, self._ready.page_bytes
         if config.kv.memory == "auto":
             # Ranks that share a machine share its memory; each GPU has its own.
             sharing = self._meeting.neighbours if self._device.name == "cpu" else 1
             budget = int(self._device.free_bytes() * config.kv.memory_share) // sharing
         else:
-            replica_bytes = self._place.tensor.size * whole.layers * page_bytes // len(self._place.layers)
+            layers = self._ready.decoder.part.whole.layers
+            replica_bytes = place.tensor.size * layers * page_bytes // len(place.layers)
             budget = config.kv.memory * page_bytes // replica_bytes
         if budget < page_bytes:
             raise ValueError(
-                f"rank {self._place.rank} has {budget} bytes for keys and values, less than one page of "
+                f"rank {place.rank} has {budget} bytes for keys and values, less than one page of "
                 f"{self._device.page_tokens} tokens ({page_bytes} bytes): give kv.memory more"
             )
         return budget // page_bytes
@@ -219,8 +193,7 @@ def load_rank(config: EngineConfig, place: Place, rendezvous: str) -> LoadedRank
     meeting = Meeting(place, rendezvous)
     if config.threads == "auto":
         config = config.model_copy(update={"threads": max(1, available_cores() // meeting.neighbours)})
-    device = choose_device(config, int4=has_int4(config, path))
-    loaded = LoadedRank(config, path, device, load_configured(config, path, device.name, place), meeting)
+    loaded = LoadedRank(config, path, meeting)
     log.info(
         "%s from %s, rank %d of %d: layers %d to %d, tensor rank %d of %d%s, %s kernels, %d threads, weights %.1f MiB; "
         "%.1f s",

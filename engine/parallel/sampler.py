@@ -21,7 +21,7 @@ class Gathering(Protocol):
     """Brings together what the ranks have."""
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """[T, N] of each rank, all of one shape, to [size, T, N] of rank 0; None of the others."""
+        """[T, N] of each rank, all of one shape, to [T, size, N] of rank 0; None of the others."""
 
 
 class RanksSampler:
@@ -50,7 +50,7 @@ class RanksSampler:
             return _IGNORED
         return _merged(
             len(samples),
-            (greedy, Drawn([], []) if best is None else _most_probable(best[:, greedy])),
+            (greedy, Drawn([], []) if best is None else _most_probable(best[greedy])),
             (whole, Drawn([], []) if gathered is None else self._sampler.sample(gathered, take_rows(samples, whole))),
         )
 
@@ -73,16 +73,16 @@ class RanksSampler:
         parts = self._ranks.gather(logits)
         if parts is None:
             return None
-        return parts.transpose(0, 1).flatten(1)[:, : self._vocabulary].contiguous()
+        return parts.flatten(1)[:, : self._vocabulary]
 
 
 def _most_probable(found: Tensor) -> Drawn:
-    """Of [size, R, 2] largest logits and their ids: the largest of all, the lowest id of equal ones."""
+    """Of [R, size, 2] largest logits and their ids: the largest of all, the lowest id of equal ones."""
     values, ids = found.cpu().unbind(2)
     # Ids rise with the ranks, and the first of equal values is taken; NaN is larger than any number.
-    best, rank = values.max(dim=0)
+    best, rank = values.max(dim=1)
     failed = unusable(best.tolist())
-    token_ids = [int(token) for token in ids.gather(0, rank.unsqueeze(0))[0].tolist()]
+    token_ids = [int(token) for token in ids.gather(1, rank.unsqueeze(1))[:, 0].tolist()]
     return Drawn([0 if row in failed else token for row, token in enumerate(token_ids)], [None] * len(best), failed)
 
 

@@ -68,12 +68,12 @@ class SharedRanks:
         return y
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """[T, N] of each rank, all of one shape, to [size, T, N] of rank 0; None of the others. Raises RanksLost."""
+        """[T, N] of each rank, all of one shape, to [T, size, N] of rank 0; None of the others. Raises RanksLost."""
         at_once = max(1, self._capacity // max(1, x.shape[1] * x.element_size()))
         parts = [self._gather(part) for part in x.split(at_once)]
         self.check()
         found = [part for part in parts if part is not None]
-        return torch.cat(found, dim=1) if found else None
+        return torch.cat(found) if len(found) > 1 else next(iter(found), None)
 
     def check(self) -> None:
         """Raises RanksLost if a sum since the last check, or any before, has waited for a rank in vain."""
@@ -83,7 +83,7 @@ class SharedRanks:
     def _gather(self, x: Tensor) -> Tensor | None:
         self._check_size(x)
         x = x.contiguous()
-        y = torch.empty(self.size, *x.shape, dtype=x.dtype) if self.rank == 0 else None
+        y = torch.empty(len(x), self.size, x.shape[1], dtype=x.dtype) if self.rank == 0 else None
         row_bytes = x.shape[1] * x.element_size()
         self._immediate.emit("gather_ranks", StepArrays(len(x)), x=x, row_bytes=row_bytes, y=y, **self._fields)
         return y

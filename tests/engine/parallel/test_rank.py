@@ -15,12 +15,14 @@ from engine.build import build_engine
 from engine.config import EngineConfig, KVConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import ModelError, RanksLost
+from engine.parallel.place import Place
+from engine.parallel.rank import load_rank
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 from tests.compiled import compiled_library
 from tests.engine.fakes import Streams, run_to_end
 from tests.engine.models.harness import CONFIGS, VOCAB, Driver, make_model, random_tokens
-from tests.engine.parallel.pool import Cut, Pool, Ranks
+from tests.engine.parallel.pool import Cut, Pool, Ranks, free_port
 from tests.engine.quant import checkpoints
 
 TOLERANCE = 1e-4
@@ -307,3 +309,48 @@ def test_results_do_not_depend_on_chunks_where_that_is_asked_for(
         found.append(output.logprobs)
     ranks.close()
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_without_common_memory_add_up_over_connections(
+    dtype: str, model_of: Callable[[str], Path], pool: Pool
+) -> None:
+    """As on two hosts: compiled programs with sums outside of them."""
+    try:
+        for process in pool.take(2):
+            process.send("call", look_for_memory_in, "/nonexistent")
+            process.answer()
+        ranks = pool.load(config_of(model_of("llama"), dtype=dtype), Cut(2))
+        assert set(ranks.kernels) == {"C"} and set(ranks.shared) == {False}
+        if dtype == "float32":
+            assert_alike(ranks, greedy_requests())
+            return
+        # In half precision the last digits differ, and a token that is nearly as probable may come instead.
+        expected, found = (
+            answers(engine, greedy_requests())[1]["r2"][:12] for engine in (build_engine(ranks.config), ranks.engine())
+        )
+        assert found == pytest.approx(expected, abs=0.25)
+        ranks.close()
+    finally:
+        for process in pool.take(2):
+            process.send("call", look_for_memory_in, "/dev/shm")
+            process.answer()
+
+
+def look_for_memory_in(folder: str) -> None:
+    """In a rank's process."""
+    from engine.parallel import segment
+
+    segment.FOLDER = Path(folder)
+
+
+def test_a_rank_alone_is_a_whole_model(model_of: Callable[[str], Path]) -> None:
+    path = model_of("qwen2")
+    rank = load_rank(config_of(path), Place.alone(2), f"tcp://127.0.0.1:{free_port()}")
+    runner = rank.start(160)
+    assert runner.memory.page_bytes == rank.facts.page_bytes
+    driver = Driver(path, "C")
+    batch = driver.batch([(driver.start(random_tokens(20)), 20)])
+    output = runner.run(batch)
+    assert output is not None and output.token_ids == driver.runner.run(batch).token_ids
+    runner.close()

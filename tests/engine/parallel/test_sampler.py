@@ -36,7 +36,7 @@ class Lockstep:
             self._brought[self.rank].append(x.clone())
             return None
         others = [self._brought[rank].pop(0) for rank in range(1, self._size)]
-        return torch.stack([x, *others])
+        return torch.stack([x, *others], dim=1)
 
     def assert_all_taken(self) -> None:
         assert not any(self._brought)

@@ -62,18 +62,23 @@ void sum_ranks(const struct sum_ranks *args, const struct step *step, struct tea
 }
 
 void gather_ranks(const struct gather_ranks *args, const struct step *step, struct team *team) {
-    const size_t bytes = (size_t)(step->tokens * args->row_bytes);
+    const size_t row_bytes = (size_t)args->row_bytes;
     char *half = half_of(args->segment, args->capacity, args->size);
-    if (team->index == 0) {
-        memcpy(half + args->rank * args->capacity, args->x, bytes);
+    int64_t begin, end;
+    team_share(team, step->tokens, &begin, &end);
+    if (args->y == NULL) {
+        const size_t first = (size_t)begin * row_bytes, bytes = (size_t)(end - begin) * row_bytes;
+        memcpy(half + args->rank * args->capacity + first, (const char *)args->x + first, bytes);
     }
     if (!meet(args->segment, args->size, args->timeout, team) || args->y == NULL) {
         return;
     }
-    int64_t begin, end;
-    team_share(team, args->size, &begin, &end);
-    for (int64_t rank = begin; rank < end; rank++) {
-        memcpy((char *)args->y + (size_t)rank * bytes, half + rank * args->capacity, bytes);
+    for (int64_t token = begin; token < end; token++) {
+        for (int64_t rank = 0; rank < args->size; rank++) {
+            const char *rows = rank == args->rank ? args->x : half + rank * args->capacity;
+            char *to = (char *)args->y + (size_t)(token * args->size + rank) * row_bytes;
+            memcpy(to, rows + (size_t)token * row_bytes, row_bytes);
+        }
     }
 }
 

@@ -27,7 +27,7 @@ struct sum_ranks {
 };
 OPERATION(sum_ranks);
 
-/* y = every rank's x, one after the other. */
+/* y[t] = row t of every rank's x, in the order of the ranks. */
 struct gather_ranks {
     void *segment;
     int64_t capacity;
@@ -36,7 +36,7 @@ struct gather_ranks {
     double timeout;
     const void *x;                  /* [tokens, row_bytes] */
     int64_t row_bytes;
-    void *y;                        /* [size, tokens, row_bytes]; NULL: this rank only gives */
+    void *y;                        /* [tokens, size, row_bytes]; NULL: this rank only gives */
 };
 OPERATION(gather_ranks);
 

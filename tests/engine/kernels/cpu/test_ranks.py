@@ -57,15 +57,16 @@ def test_sums_are_in_the_order_of_ranks_in_float32(
     ranks[0].check()
 
 
-@pytest.mark.parametrize("rows", [1, 4, 50])
-def test_gathered_rows_are_those_of_each_rank(native_library: Library, rows: int) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [0, 1, 4, 50])
+def test_gathered_rows_are_those_of_each_rank(native_library: Library, rows: int, threads: int) -> None:
     """Also of more than the segment holds at once."""
-    ranks = ranks_of(native_library, 2, 1000)
+    ranks = ranks_of(native_library, 2, 1000, threads)
     values = [torch.randn(rows, 30) for _ in ranks]
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda rank: ranks[rank].gather(values[rank]), range(2))
     assert second is None
-    assert first is not None and torch.equal(first, torch.stack(values))
+    assert first is not None and torch.equal(first, torch.stack(values, dim=1))
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_told(native_library: Library) -> None:
