@@ -1,7 +1,7 @@
 """Which rank of a group is lost, and why: judged by what each says, and for how long it has said nothing. Pure.
 
 A rank that dies takes others with it: they fail at their connection to it, and say so, while it says nothing any more.
-So a fault is not believed at once where another rank may turn out to be its cause; least of all one that says so itself.
+So a fault is not believed at once where another rank may turn out to be its cause, least of all one that says so.
 """
 
 import time
