@@ -46,7 +46,7 @@ def answers(kind: type, places: st.SearchStrategy[int], *before: st.SearchStrate
 
 
 messages = st.one_of(
-    st.builds(Hello, numbers, keys, numbers, texts),
+    st.builds(Hello, numbers, keys, numbers, texts, st.integers(1, 65_536)),
     st.builds(Commit, st.lists(entries, max_size=5)),
     st.builds(Find, numbers, st.lists(keys, max_size=5)),
     st.builds(Fetch, numbers, numbers),

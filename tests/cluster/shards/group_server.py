@@ -54,7 +54,7 @@ class Server:
                 places_of(config, 8),
                 load_fake,
                 {"CPU": cpus},
-                make_tier=partial(make_rank_tier, APPLICATION, None) if kv_hosts else None,
+                make_tier=partial(make_rank_tier, APPLICATION, config.ranks, None) if kv_hosts else None,
             )
         )
         if kv_hosts:
