@@ -58,7 +58,7 @@ class Server:
             )
         )
         if kv_hosts:
-            self._hosts = list(start_hosts(APPLICATION, KVTierConfig(memory=2**20)).values())
+            self._hosts = list(start_hosts(APPLICATION, KVTierConfig(memory=2**22)).values())
         self._engine = engine_over(self._group, EngineConfig(model=model), model_path=None)
         return {
             "ranks": [[each.pid, each.node, each.address] for each in self._group._where],
