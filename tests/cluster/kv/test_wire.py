@@ -108,7 +108,7 @@ KEY = b"k" * 32
         ([1, [[-1, KEY, b"", 0]]], "Commit: expected an integer"),
         ([1, [[0, KEY, b"", 2**32]]], "Commit: expected an integer"),
         ([1, [[0, KEY, b""]]], "Commit: expected a slot"),
-        ([0, 1, KEY, 4096, "n" * 5000], "Hello: expected a text of at most"),
+        ([0, 1, KEY, 4096, "n" * 5000, 1], "Hello: expected a text of at most"),
         ([9, 1, [0, -3], [0, 0]], "Found: expected an integer from -2"),
         ([9, 1, [0, 1], [0]], "Found: 2 slots, but 1 CRCs"),
         ([10, 1, 0, [-1], [0]], "Ready: expected an integer"),
