@@ -3,6 +3,7 @@
 python -m benchmarks.chaos --kills 200 --replicas 2
 python -m benchmarks.chaos --kills 20 --signal STOP
 python -m benchmarks.chaos --kills 30 --victims replica,kv-host,gateway --gateways 2
+python -m benchmarks.chaos --kills 20 --victims rank --tensor-parallel 2
 python -m benchmarks.chaos --kills 20 --model s135m --words 870 --max-tokens 60 --decoding [--no-kv-host]
 
 The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
@@ -159,6 +160,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each replica, that share each layer")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="stages of each replica")
     parser.add_argument("--victims", type=victims, default=("replica",), help=f"of {','.join(VICTIMS)}, in turns")
     parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
     parser.add_argument("--model", default="manta-tiny", help=f"{', '.join(models.SHAPES)}, or what manta serve takes")
@@ -172,6 +175,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.no_kv_host and "kv-host" in arguments.victims:
         parser.error("--no-kv-host leaves no KV host to kill")
+    if "rank" in arguments.victims and arguments.tensor_parallel * arguments.pipeline_parallel < 2:
+        parser.error("--victims rank takes replicas of several: --tensor-parallel 2")
     path = str(models.find(arguments.model)) if arguments.model in models.SHAPES else arguments.model
     facts = machine.describe(os.cpu_count() or 1)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
@@ -182,6 +187,8 @@ def main() -> None:
             replicas=arguments.replicas,
             gateways=arguments.gateways,
             kv_host=not arguments.no_kv_host,
+            tensor=arguments.tensor_parallel,
+            pipeline=arguments.pipeline_parallel,
         )
         try:
             calm = undisturbed(server.url, "model", arguments.prompt, arguments.words, arguments.max_tokens)

@@ -15,24 +15,37 @@ from benchmarks.start import is_ready, reachable, wait
 from deployments.private_ray import free_ports
 
 ANSWER_TIMEOUT_S = 180.0
-VICTIMS = {"replica": b":LLMReplica", "kv-host": b":KVHostActor", "gateway": b":Gateway"}
+VICTIMS = {"replica": b":LLMReplica", "kv-host": b":KVHostActor", "gateway": b":Gateway", "rank": b":ShardActor"}
 """Who can be killed: name -> what the command line of its process has."""
 _LOADED = re.compile(r"^\S+ INFO replica (\w+): .* pages of \d+ tokens", re.MULTILINE)
 """What a replica logs once it has loaded the model."""
-_LINKED = re.compile(r"^\S+ INFO replica \w+: KV host at ", re.MULTILINE)
-"""What a replica logs once it has found the KV host."""
+_LINKED = re.compile(r"^\S+ INFO (?:replica|rank of) \w+: KV host at ", re.MULTILINE)
+"""What a replica, or each of its ranks, logs once it has found the KV host."""
 
 
 class Server:
     """`manta serve` and the processes that belong to it."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, *, replicas: int, gateways: int, kv_host: bool) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        replicas: int,
+        gateways: int,
+        kv_host: bool,
+        tensor: int = 1,
+        pipeline: int = 1,
+    ) -> None:
         """Returns once it serves with all of them. `arguments`: beyond those of the numbers."""
         (port,) = free_ports(1)
         command = [sys.executable, "-m", "deployments.cli.main", "serve", *arguments, "--port", str(port)]
         command += ["--replicas", str(replicas), "--gateways", str(gateways), "--deterministic"]
         command += [] if kv_host else ["--kv-host-memory", "0"]
+        command += ["--tensor-parallel", str(tensor), "--pipeline-parallel", str(pipeline)]
+        self._ranks = tensor * pipeline
         self._counts = {"replica": replicas, "kv-host": int(kv_host), "gateway": gateways}
+        self._counts["rank"] = replicas * self._ranks if self._ranks > 1 else 0
         self._killed: dict[str, set[int]] = {name: set() for name in VICTIMS}
         self._num_linked = 0
         """How often a replica had found a KV host when one was killed last."""
@@ -76,9 +89,12 @@ class Server:
             if len(pids) != count or self._killed[name].intersection(pids):
                 return False
         logged = self._logged()
-        num_loaded = len(set(_LOADED.findall(logged))) - len(self._killed["replica"])
+        # With a rank, its replica goes too.
+        num_loaded = len(set(_LOADED.findall(logged))) - len(self._killed["replica"]) - len(self._killed["rank"])
         num_linked = len(_LINKED.findall(logged)) - self._num_linked
-        if num_loaded != self._counts["replica"] or num_linked < self._counts["kv-host"] * num_loaded:
+        if num_loaded != self._counts["replica"]:
+            return False
+        if num_linked < self._counts["kv-host"] * num_loaded * self._ranks:
             return False
         return is_ready(self._http)
 

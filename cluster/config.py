@@ -1,9 +1,11 @@
-"""What an operator may choose about what runs beside the replicas. Frozen; holds no resolved value."""
+"""What an operator may choose about what runs beside the replicas, and about how these are cut. Frozen; holds no
+resolved value.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config import Auto, Bytes, Config, parse_bytes
 
@@ -21,3 +23,37 @@ class KVTierConfig(Config):
     @property
     def enabled(self) -> bool:
         return self.memory != 0
+
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+MAX_DEGREE = 256
+
+
+class ParallelConfig(Config):
+    """How one replica is cut into ranks, each a process of its own with one part of the model."""
+
+    tensor: int = Field(default=1, ge=1, le=MAX_DEGREE)
+    """Ranks that share every layer of a stage."""
+    pipeline: int = Field(default=1, ge=1, le=MAX_DEGREE)
+    """Stages of consecutive layers."""
+    expert: int = Field(default=1, ge=1, le=MAX_DEGREE)
+    """Groups of tensor ranks that the experts of a mixture are dealt out to; takes no ranks of its own."""
+    depth: Annotated[int, Field(ge=1, le=2 * MAX_DEGREE)] | Auto = "auto"
+    """Batches in flight; "auto" is one for each stage."""
+    strategy: Strategy | Auto = "auto"
+    """How Ray places stages on nodes; "auto" spreads them. The ranks of a stage share a node where one has room."""
+    labels: tuple[dict[str, str], ...] = ()
+    """Labels that the node of each stage must have (Ray's label selectors), by stage, or one for all stages. With
+    {"ray.io/node-id": ...} that is an explicit layout."""
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "ParallelConfig":
+        if self.tensor % self.expert:
+            raise ValueError(f"expert ({self.expert}) must divide tensor ({self.tensor}): experts lie on tensor ranks")
+        if len(self.labels) not in (0, 1, self.pipeline):
+            raise ValueError(f"labels are given for {len(self.labels)} stages, and there are {self.pipeline}")
+        return self

@@ -4,7 +4,7 @@ Turns a validated configuration into bound deployments, and resolves what depend
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -12,12 +12,16 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
+from cluster.nodes import living_nodes
+from cluster.shard import RankLoader
+from cluster.shards.placement import lay_bundles
 from deployments.config import AppConfig
 from deployments.gateway import Gateway
 from deployments.kv_hosts import KVHosts
 from deployments.metrics_hub import MetricsHub
 from deployments.replica import EngineFactory, LLMReplica, load_engine
 from deployments.router_adapter import TokenRequestRouter
+from deployments.sharded import ShardedFactory, load_rank
 from deployments.streams.store import StreamStore
 from engine.config import EngineConfig
 
@@ -36,15 +40,24 @@ GATEWAY_SURGE_PERCENT = 100
 
 def build(args: AppConfig) -> Application:
     """The application for `args`. Serve calls this with the file's `args`, validated: an error names the field."""
-    return assemble(args, load_engine)
+    return assemble(args, load_engine, load_rank)
 
 
-def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
-    """The application with engines of the caller's choice; the factory must be importable in the replicas."""
+def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: RankLoader = load_rank) -> Application:
+    """The application with engines of the caller's choice; the factory must be importable in the replicas, and so must
+    what loads the ranks of engines that have several. Raises NoRoom where the nodes have no room for those."""
     cpus = node_cpus()
-    share = cpu_share(cpus, config.replicas) if config.cpus_per_replica == "auto" else config.cpus_per_replica
-    neighbours = min(config.replicas, max(1, math.floor(max(cpus, default=share) / share)))
+    ranks = config.parallel.ranks
+    if config.cpus_per_replica == "auto":
+        share = cpu_share(cpus, config.replicas * ranks)
+    else:
+        share = config.cpus_per_replica / ranks
+    # The ranks of a replica divide its memory between them by themselves.
+    neighbours = min(config.replicas, max(1, math.floor(max(cpus, default=share) / (share * ranks))))
     engine = share_machine(config.engine, share, neighbours)
+    each = rank_resources(config.engine, share)
+    if ranks > 1:
+        engine_factory = ShardedFactory(config.parallel, each, rank_loader)
     # Each is given what it needs and no more: Serve replaces actors whose arguments have changed.
     hub = _deployment(MetricsHub, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.model_name)
     hosts = None
@@ -53,6 +66,7 @@ def assemble(config: AppConfig, engine_factory: EngineFactory) -> Application:
     replicas = (
         _deployment(LLMReplica, replicas=config.replicas, cpus=share, drain_s=config.drain_timeout_s)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
+        .options(**(reservation(config, each) if ranks > 1 else {}))
         .bind(engine, config.model_name, hub, engine_factory, hosts)
     )
     streams = _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.gateway.streams, hub)
@@ -76,6 +90,31 @@ def _deployment(actor: type, *, replicas: int, cpus: float, drain_s: float) -> A
         graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=GRACEFUL_SHUTDOWN_POLL_S,
     )
+
+
+def reservation(config: AppConfig, each: Mapping[str, float]) -> dict[str, Any]:
+    """What Serve reserves for a replica and its ranks together; the replica itself takes nothing of it.
+
+    Serve's own placement, rather than one that replicas make: it starts none where there is no room, counts what all of
+    them take, and gives it back whatever becomes of a replica. Raises NoRoom for what the nodes could never hold: Serve
+    would wait for ever.
+    """
+    laid = lay_bundles(config.parallel, each, living_nodes(free=False), config.replicas)
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": 0},
+        "placement_group_bundles": list(laid.resources),
+        "placement_group_strategy": laid.strategy,
+    }
+    if any(laid.labels):
+        options["placement_group_bundle_label_selector"] = list(laid.labels)
+    return options
+
+
+def rank_resources(engine: EngineConfig, cpus: float) -> dict[str, float]:
+    """What Ray reserves for a rank: its cores, and a GPU if it is to compute on one."""
+    has_gpus = any(node.free.get("GPU", 0.0) for node in living_nodes(free=False))
+    on_gpu = engine.device == "cuda" or (engine.device == "auto" and has_gpus)
+    return {"CPU": cpus} | ({"GPU": 1.0} if on_gpu else {})
 
 
 def node_cpus() -> list[float]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cluster.config import KVTierConfig
+from cluster.config import KVTierConfig, ParallelConfig
 from engine.config import Auto, Config, EngineConfig
 
 
@@ -48,10 +48,12 @@ class AppConfig(Config):
     replicas: int = Field(default=1, ge=1, le=1024)
     """Copies of the model."""
     cpus_per_replica: Annotated[float, Field(gt=0)] | Auto = "auto"
-    """Ray CPUs that one replica reserves; "auto" shares the cores of the machine between the replicas."""
+    """Ray CPUs that one replica reserves, all its ranks together; "auto" shares the cores of the machine between the
+    replicas."""
     drain_timeout_s: float = Field(default=10.0, ge=0.0)
     """How long a replica that is to go may keep requests that no other replica can take over."""
     engine: EngineConfig = EngineConfig()
+    parallel: ParallelConfig = ParallelConfig()
     gateway: GatewayConfig = GatewayConfig()
     kv_host: KVTierConfig = KVTierConfig()
 

@@ -17,11 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from cluster.shards.cut import check_degrees
+from cluster.shards.placement import NoRoom
 from deployments.cli.errors import CommandError, ExitCode
 from deployments.config import AppConfig
 from deployments.model_check import check_model
 from deployments.private_ray import PrivateRay
 from engine.machine import available_cores
+from engine.models.directory import load_spec
 from engine.models.source import BUILT_IN
 
 APPLICATION = "default"
@@ -56,7 +59,7 @@ def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
     exit code 130 when interrupted before it began.
     """
     config = _absolute(config)
-    check_model(config.engine)
+    check_degrees(load_spec(check_model(config.engine)), config.parallel)
     check_port(options.host, options.port)
     ray = PrivateRay(num_cpus=available_cores(), dashboard=options.dashboard)
     watch = _Signals(ray.abandon)
@@ -135,7 +138,11 @@ def _deploy(config: AppConfig) -> None:
 
     from deployments.app import build
 
-    _run(build(config), name=APPLICATION, route_prefix="/", _blocking=False)
+    try:
+        application = build(config)
+    except NoRoom as error:
+        raise CommandError(str(error), ExitCode.BAD_INPUT) from None
+    _run(application, name=APPLICATION, route_prefix="/", _blocking=False)
 
 
 def _wait_until_ready(url: str, console: "_Console") -> None:

@@ -49,6 +49,10 @@ class ServedEngine(EngineLike, Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why it can compute no more, if so. Any thread may ask."""
+
 
 FindHost = Callable[[], Path | None]
 """The socket of this node's KV host; None while there is none."""
@@ -127,7 +131,7 @@ class LLMReplica:
         self._meter = EngineMeter(recorder)
         self._meter.update(engine.stats())
         self._start_pushing(recorder, hub)
-        self._watching = self._loop.create_task(self._watch())
+        self._watching = self._loop.create_task(self._watch(engine))
 
     def _start_pushing(self, recorder: Recorder, hub: DeploymentHandle) -> None:
         push = hub.options(method_name="push")
@@ -178,11 +182,14 @@ class LLMReplica:
         if self._stuck is not None:
             raise EngineStopped(self._stuck)
 
-    async def _watch(self) -> None:
-        """Waits for the engine to be stuck; then its streams go on elsewhere, and this replica takes no more."""
+    async def _watch(self, engine: ServedEngine) -> None:
+        """Waits for the engine to be stuck, or to fail while it has nothing to do; then its streams go on elsewhere,
+        and this replica takes no more."""
         while self._stuck is None:
             await asyncio.sleep(WATCH_S)
-            if (seconds := self._engine.stuck_for()) is not None:
+            if engine.failure is not None:
+                self._stuck = f"the engine failed: {engine.failure}"
+            elif (seconds := self._engine.stuck_for()) is not None:
                 self._stuck = f"the engine is stuck: an iteration has taken {seconds:.1f} s"
         logger.error("%s; %d requests go on elsewhere", self._stuck, self._streams.num_requests)
         self._streams.give_up(self._stuck)

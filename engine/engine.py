@@ -1,7 +1,7 @@
 """One replica, from requests to token ids: ties the scheduler's decisions to the executor's work.
 
-Knows no text, no HTTP and no device. Not thread-safe: one thread owns an engine; others may read `step_tokens` and what
-never changes.
+Knows no text, no HTTP and no device. Not thread-safe: one thread owns an engine; others may read `step_tokens`,
+`failure` and what never changes.
 """
 
 import itertools
@@ -58,6 +58,11 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return self.limits.vocab_size
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why it can compute no more, if so, although nothing has been asked of it since. Any thread may ask."""
+        return self._executor.failure
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises InvalidRequest if it can never be served; nothing is queued then."""

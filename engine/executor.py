@@ -13,6 +13,10 @@ class Executor(Protocol):
     def depth(self) -> int:
         """Batches that may be in flight at once: 1 for one device, the number of stages for a pipeline."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why no batch can be run any more, if so. Any thread may ask, and something may fail while nothing runs."""
+
     def submit(self, batch: Batch) -> None:
         """Starts a batch. At most `depth` may be uncollected."""
 
@@ -37,6 +41,8 @@ class LocalExecutor:
     """
 
     depth = 1
+    failure = None
+    """What runs in this process fails in `collect`, or not at all."""
 
     def __init__(self, runner: BatchRunner) -> None:
         self._runner = runner

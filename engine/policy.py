@@ -71,6 +71,28 @@ def chunk_tokens(num_remaining: int, budget: int) -> int:
     return min(num_remaining, budget)
 
 
+def batch_share(num_decoding: int, depth: int) -> int:
+    """Sequences that decode in one of `depth` batches in flight: an equal part of all, so that each stage of a pipeline
+    has as much to do as the next."""
+    return -(-num_decoding // depth)
+
+
+def prompt_share(prompts: Iterable[int], depth: int, budget: int) -> int:
+    """Tokens of prompts in one of `depth` batches in flight, of sequences that have so many left to run.
+
+    An equal part for each batch, as a long chunk in one would keep all others waiting at every stage. No more parts
+    than sequences: one is in one batch at a time, and to cut a lone one finer would gain nothing.
+    """
+    total = count = 0
+    for tokens in prompts:
+        total += tokens
+        count += 1
+        if total >= budget * depth and count >= depth:
+            break
+    parts = max(1, min(depth, count))
+    return min(budget, max(LEAST_CHUNK, -(-total // parts)))
+
+
 def unfelt_tokens(most: int, token_seconds: float, max_stall_s: float) -> int:
     """Tokens of prompts in an iteration that streams wait for: `most`, halved until they take no longer than allowed.
 

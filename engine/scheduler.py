@@ -20,7 +20,8 @@ from engine.kv.tier import Tier
 from engine.lanes import Lanes
 from engine.offload import Offload
 from engine.pace import Pace
-from engine.policy import ADMISSION_POLICIES, AdmissionPolicy, Demand, Supply, choose_victim, chunk_tokens
+from engine.parts import Parts
+from engine.policy import ADMISSION_POLICIES, AdmissionPolicy, Demand, Supply, choose_victim
 from engine.prefixes import Prefixes
 from engine.returning import Returning
 from engine.sequence import Emission, FinishReason, Order, Sequence, Status
@@ -46,8 +47,11 @@ class Scheduler:
         *,
         admits: AdmissionPolicy | None = None,
         tier: Tier | None = None,
+        depth: int = 1,
     ) -> None:
+        """`depth`: batches that are to be in flight at once, each with its part of the sequences."""
         self._config = config
+        self._parts = Parts(depth)
         self._admits = admits or ADMISSION_POLICIES[config.admission]
         self._page_tokens = page_tokens
         self.pool = pool
@@ -181,8 +185,11 @@ class Scheduler:
         """Every running sequence with one token to run, in order, with a page for it."""
         decodes: list[Sequence] = []
         page_tokens = self._page_tokens
+        most = self._parts.decodes(self.running)
         # A copy: preemption removes sequences from `running`, always from behind the one at hand.
         for sequence in list(self.running):
+            if len(decodes) == most:
+                break
             length = len(sequence.tokens)
             if sequence.in_flight or length - sequence.num_computed != 1 or sequence.status is not Status.RUNNING:
                 continue
@@ -194,7 +201,8 @@ class Scheduler:
         """Tokens of prompts to run beside so many decodes."""
         most = self._config.max_batch_tokens
         waited_for = num_decodes or self._returning
-        return min(most - num_decodes, self._pace.tokens(most)) if waited_for else most
+        budget = min(most - num_decodes, self._pace.tokens(most)) if waited_for else most
+        return self._parts.prompt_tokens(self.running, self.waiting, budget)
 
     def _prefill_running(self, chunks: list[Chunk], budget: int) -> int:
         """Spends the budget on running sequences, in order; returns what is left for others.
@@ -206,8 +214,8 @@ class Scheduler:
             if budget == 0:
                 break
             if not sequence.in_flight and sequence.num_remaining > 1:
-                count = chunk_tokens(sequence.num_remaining, budget)
-                chunks.append(Chunk(sequence, count))
+                if not (count := self._parts.add(chunks, sequence, budget)):
+                    return 0
                 budget -= count
         return 0 if near else budget
 
@@ -227,8 +235,8 @@ class Scheduler:
         while self.waiting and budget > 0 and self._let_in(sequence := self.waiting[0]):
             if sequence.in_flight:
                 continue
-            count = chunk_tokens(sequence.num_remaining, budget)
-            chunks.append(Chunk(sequence, count))
+            if not (count := self._parts.add(chunks, sequence, budget)):
+                break
             budget -= count
 
     def _let_in(self, sequence: Sequence) -> bool:

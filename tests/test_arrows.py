@@ -24,6 +24,7 @@ TENSOR_SIDE = ("engine.models", "engine.kernels", "engine.quant", "engine.parall
 TENSOR_FREE = (
     "engine.scheduler",
     "engine.policy",
+    "engine.parts",
     "engine.kv.pages",
     "engine.sequence",
     "engine.batch",
@@ -186,7 +187,15 @@ def test_deciding_side_imports_no_torch(side: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pure", ["cluster.planner", "engine.parallel.slices", "engine.parallel.place", "engine.parallel.part"]
+    "pure",
+    [
+        "cluster.planner",
+        "cluster.shards.placement",
+        "cluster.shards.cut",
+        "engine.parallel.slices",
+        "engine.parallel.place",
+        "engine.parallel.part",
+    ],
 )
 def test_planning_imports_neither_torch_nor_ray(pure: str) -> None:
     """Anybody may ask for a plan, on a machine that has neither."""

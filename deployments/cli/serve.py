@@ -31,6 +31,15 @@ def serve(
         float, typer.Option(min=0, help="Seconds that requests may go on after Ctrl-C.", rich_help_panel=_MACHINE)
     ] = 10.0,
     replicas: Annotated[int | None, typer.Option(help="Copies of the model. [1]", rich_help_panel=_MACHINE)] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Ranks that share every layer. [1]", rich_help_panel=_MACHINE)
+    ] = None,
+    pipeline_parallel: Annotated[
+        int | None, typer.Option(help="Stages of consecutive layers. [1]", rich_help_panel=_MACHINE)
+    ] = None,
+    expert_parallel: Annotated[
+        int | None, typer.Option(help="Groups of tensor ranks with experts of their own. [1]", rich_help_panel=_MACHINE)
+    ] = None,
     gateways: Annotated[int | None, typer.Option(help="HTTP processes. [1]", rich_help_panel=_MACHINE)] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="The name clients ask for. [the model's]", rich_help_panel=_MODEL)
@@ -113,6 +122,8 @@ def serve(
       manta serve org/name --kv-memory 4GiB --max-model-len 4096
 
       manta serve ./my-model --quantization w8a8
+
+      manta serve ./my-model --tensor-parallel 2
     """
     from deployments.launcher import LaunchOptions, launch
 
@@ -120,6 +131,9 @@ def serve(
         "replicas": replicas,
         "served_model_name": served_model_name,
         "gateway.replicas": gateways,
+        "parallel.tensor": tensor_parallel,
+        "parallel.pipeline": pipeline_parallel,
+        "parallel.expert": expert_parallel,
         "engine.model": model,
         "engine.revision": revision,
         "engine.dtype": dtype,

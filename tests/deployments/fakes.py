@@ -37,6 +37,7 @@ class FakeEngine:
     max_model_len = 10_000
     vocab_size = 257
     eos_token_ids = (0,)
+    failure: Exception | None = None
 
     def __init__(self, step_s: float = STEP_S, model_path: Path = Path("/nowhere"), offset: int = 0) -> None:
         self._step_s = step_s

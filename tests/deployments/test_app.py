@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from deployments.app import cpu_share, share_machine
-from deployments.config import GatewayConfig
+from cluster.config import ParallelConfig
+from cluster.shards.placement import NodeRoom, NoRoom
+from deployments import app
+from deployments.app import cpu_share, rank_resources, reservation, share_machine
+from deployments.config import AppConfig, GatewayConfig
 from deployments.serve_settings import DRAIN, FAST_PATH, HANGING, NODE_FAILURE, hasty_proxy, missing_settings
 from engine.config import EngineConfig, KVConfig
 
@@ -48,6 +51,35 @@ def test_fraction_of_a_cpu_is_still_one_thread() -> None:
 
 def test_chosen_threads_stay() -> None:
     assert share_machine(EngineConfig(threads=3), cpus=8.0, neighbours=1).threads == 3
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[NodeRoom]:
+    """Those of the cluster."""
+    found: list[NodeRoom] = []
+    monkeypatch.setattr(app, "living_nodes", lambda *, free: found)
+    return found
+
+
+def test_a_replica_and_its_ranks_are_reserved_together_and_the_ranks_take_it_all(nodes: list[NodeRoom]) -> None:
+    nodes += [NodeRoom(name, {"CPU": 4.0}, {"zone": "x"}) for name in "ab"]
+    config = AppConfig(replicas=2, parallel=ParallelConfig(tensor=2, pipeline=2, labels=({"zone": "x"},)))
+    assert reservation(config, {"CPU": 1.0}) == {
+        "ray_actor_options": {"num_cpus": 0},
+        "placement_group_bundles": [{"CPU": 2.0}, {"CPU": 2.0}],
+        "placement_group_strategy": "SPREAD",
+        "placement_group_bundle_label_selector": [{"zone": "x"}, {"zone": "x"}],
+    }
+    with pytest.raises(NoRoom, match="3 replicas are asked for"):
+        reservation(config.model_copy(update={"replicas": 3}), {"CPU": 1.0})
+
+
+def test_a_rank_reserves_a_gpu_where_it_is_to_compute_on_one(nodes: list[NodeRoom]) -> None:
+    assert rank_resources(EngineConfig(), 2.0) == {"CPU": 2.0}
+    assert rank_resources(EngineConfig(device="cuda"), 2.0) == {"CPU": 2.0, "GPU": 1.0}
+    nodes.append(NodeRoom("a", {"CPU": 8.0, "GPU": 4.0}, {}))
+    assert rank_resources(EngineConfig(), 2.0) == {"CPU": 2.0, "GPU": 1.0}
+    assert rank_resources(EngineConfig(device="cpu"), 2.0) == {"CPU": 2.0}
 
 
 def test_nothing_is_missing_with_all_settings() -> None:

@@ -71,6 +71,7 @@ class PipelinedExecutor:
 
     def __init__(self, runner: LedgerRunner, depth: int) -> None:
         self.depth = depth
+        self.failure = None
         self._runner = runner
         self._outputs: deque[StepOutput] = deque()
         self._running: list[set[int]] = []

@@ -40,7 +40,7 @@ class Rig:
             max_stall_s=self.max_stall_s,
             admission=self.admission,
         )
-        self.scheduler = Scheduler(config, self.pool, self.page_tokens, tier=self.tier)
+        self.scheduler = Scheduler(config, self.pool, self.page_tokens, tier=self.tier, depth=self.depth)
         self.runner = LedgerRunner(self.num_pages, self.page_tokens, self.poison, self.token_seconds)
         if self.tier is not None:
             self.tier.attach(self.runner)

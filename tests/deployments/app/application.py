@@ -63,6 +63,10 @@ class Application:
         """Process ids of the model's replicas."""
         return [pid for pid, command in below(self.pid).items() if ":LLMReplica" in command]
 
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks of all replicas."""
+        return [pid for pid, command in below(self.pid).items() if ":ShardActor" in command]
+
     def gateways(self) -> list[int]:
         return [pid for pid, command in below(self.pid).items() if ":Gateway" in command]
 

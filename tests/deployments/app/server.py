@@ -1,6 +1,6 @@
 """Runs the application over fake engines on a private Ray.
 
-`python -m tests.deployments.app.server MODEL_DIR PORT [GATEWAYS]`
+`python -m tests.deployments.app.server MODEL_DIR PORT [GATEWAYS [TENSOR PIPELINE]]`
 
 A process of its own, because Ray reads its settings once, when it is imported. Prints "ready" and serves until its
 standard input is closed; then everything it started ends. Each line of its input is a JSON object and a deployment, as
@@ -17,12 +17,13 @@ from typing import Any
 from deployments.private_ray import PrivateRay
 
 
-def main(model: str, port: int, gateways: int = 1) -> None:
+def main(model: str, port: int, gateways: int = 1, tensor: int = 1, pipeline: int = 1) -> None:
     ray = PrivateRay(num_cpus=2, dashboard=False)
     try:
         ray.start("127.0.0.1", port)
         args: dict[str, Any] = {"replicas": 2, "cpus_per_replica": 1, "served_model_name": "fake"}
         args |= {"engine": {"model": model}, "gateway": {"replicas": gateways}}
+        args |= {"parallel": {"tensor": tensor, "pipeline": pipeline}}
         deploy(args, 2)
         while not _answers(f"http://127.0.0.1:{port}/ready"):
             time.sleep(0.1)

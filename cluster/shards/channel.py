@@ -1,0 +1,313 @@
+"""The two ends of what connects a group with its ranks: batches there, outputs back, and a pulse of each.
+
+A batch goes from the thread that makes it to the thread that runs it without another between them. The pulse has
+threads of its own at both ends, so that a rank that computes is not taken for one that is gone, and a rank that is gone
+is noticed while nothing is asked of it. Knows neither Ray nor models.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import zmq
+
+from cluster.kv.wire import WireError
+from cluster.shards.door import Door, Doors
+from cluster.shards.watch import BEAT_S, Loss, Watch
+from cluster.shards.wire import Alive, Beat, Fault, Message, decode, encode
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 20.0
+"""For a rank to reach its group."""
+GROUP_PATIENCE_S = 5.0
+"""How long a rank goes on without hearing of its group."""
+CLOSE_TIMEOUT_S = 2.0
+
+
+class ChannelClosed(Exception):
+    """Nothing more comes: a rank is lost, or the other end is gone."""
+
+
+class GroupChannel:
+    """The group's end. `send` and `receive` are for one thread; `gone` and `loss` for any."""
+
+    def __init__(
+        self, near: Sequence[bool], answering: int, address: str, parent: Path, on_loss: Callable[[Loss], None]
+    ) -> None:
+        """See `Doors`; `answering` is the rank that outputs come from. `on_loss` is called once, on the pulse's thread,
+        before `receive` raises. Raises OSError."""
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._doors = Doors(self._context, near, address, parent)
+        self._answers = self._doors.work[answering]
+        self._on_loss = on_loss
+        self._watch = Watch(len(near))
+        self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._news_bell, self._lost_bell = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(self._answers, zmq.POLLIN)
+        self._poller.register(self._lost_bell, zmq.POLLIN)
+        self._closing = self._closed = False
+        self.loss: Loss | None = None
+        """The rank that was lost, if one was."""
+        self._pulse = threading.Thread(target=self._listen, name="shard-pulse", daemon=True)
+        self._pulse.start()
+
+    @property
+    def doors(self) -> list[Door]:
+        """By rank, its way here."""
+        return self._doors.of_ranks
+
+    @property
+    def pages(self) -> "list[zmq.Socket[bytes]]":
+        """By rank, where it is told which pages to copy; for the thread that sends. `close` closes them."""
+        return self._doors.pages
+
+    @property
+    def finished(self) -> tuple[int, ...]:
+        """Batches that each rank has finished, as far as is known."""
+        return self._watch.finished
+
+    def arm(self) -> None:
+        """Returns once each rank is connected; from then on one that is silent is lost. Raises ChannelClosed.
+
+        Nothing is sent before: it would be lost on whoever is not there yet.
+        """
+        for rank, socket in enumerate(self._doors.work):
+            poller = zmq.Poller()
+            poller.register(socket, zmq.POLLIN)
+            poller.register(self._lost_bell, zmq.POLLIN)
+            if socket not in dict(poller.poll(_milliseconds(CONNECT_TIMEOUT_S))):
+                self._give_up(rank, f"it has not come in {CONNECT_TIMEOUT_S:g} s")
+            socket.recv()
+        self._tell(self._watch.arm)
+
+    def gone(self, rank: int, reason: str) -> None:
+        """The process of a rank has ended."""
+        self._tell(lambda: self._watch.gone(rank, reason))
+
+    def send(self, message: Message) -> None:
+        """To all ranks, each once. Raises ChannelClosed when a rank is lost, or takes nothing more, and WireError."""
+        if self.loss is not None or self._closed:
+            raise ChannelClosed
+        data = encode(message)
+        for rank, socket in enumerate(self._doors.work):
+            try:
+                socket.send(data, zmq.NOBLOCK)
+            except zmq.Again:
+                self._give_up(rank, "it takes no more messages")
+
+    def receive(self) -> Message:
+        """The next message of the answering rank. Raises ChannelClosed when a rank is lost, and WireError."""
+        if self._closed:
+            raise ChannelClosed
+        ready = dict(self._poller.poll())
+        if self._answers not in ready:
+            raise ChannelClosed
+        return decode(self._answers.recv())
+
+    def close(self) -> None:
+        """Closes the sockets and removes their files; ranks that are still there end themselves."""
+        if self._closed:
+            return
+        self._closing = True
+        _ring(self._news_bell)
+        if self._pulse is not threading.current_thread():
+            self._pulse.join(CLOSE_TIMEOUT_S)
+        self._closed = True
+        for socket in (*self._doors.work, *self._doors.pages):
+            socket.close()
+        self._doors.close()
+        self._context.destroy()
+        for bell in (self._news_bell, self._lost_bell):
+            os.close(bell)
+
+    def _give_up(self, rank: int, reason: str) -> NoReturn:
+        """Takes a rank for lost, unless another one is."""
+        self.gone(rank, reason)
+        bell = zmq.Poller()
+        bell.register(self._lost_bell, zmq.POLLIN)
+        bell.poll(_milliseconds(CLOSE_TIMEOUT_S))
+        raise ChannelClosed
+
+    def _tell(self, news: Callable[[], None]) -> None:
+        self._news.put(news)
+        with contextlib.suppress(OSError):  # closed
+            _ring(self._news_bell)
+
+    # -- the pulse's thread --------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        sockets = {socket: rank for rank, socket in enumerate(self._doors.pulse)}
+        poller = zmq.Poller()
+        for socket in sockets:
+            poller.register(socket, zmq.POLLIN)
+        poller.register(self._news_bell, zmq.POLLIN)
+        said_at = 0.0
+        while not self._closing:
+            for ready, _ in poller.poll(_milliseconds(BEAT_S)):
+                if ready in sockets:
+                    self._hear(sockets[ready], ready)
+                else:
+                    self._read_news()
+            if time.monotonic() - said_at >= 2 * BEAT_S:
+                said_at = time.monotonic()
+                self._say_alive()
+            if self.loss is None and (loss := self._watch.verdict()) is not None:
+                self._lose(loss)
+        for socket in sockets:
+            socket.close()
+
+    def _hear(self, rank: int, socket: "zmq.Socket[bytes]") -> None:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                try:
+                    match decode(socket.recv(zmq.NOBLOCK)):
+                        case Beat(finished):
+                            self._watch.beat(rank, finished)
+                        case Fault(reason, is_victim):
+                            self._watch.fault(rank, reason, is_victim=is_victim)
+                        case other:
+                            raise WireError(f"a {type(other).__name__} among its beats")
+                except WireError as error:
+                    self._watch.fault(rank, f"it sent what is no message: {error}")
+
+    def _read_news(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._news_bell)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._news.get_nowait()()
+
+    def _say_alive(self) -> None:
+        for socket in self._doors.pulse:
+            with contextlib.suppress(zmq.Again):  # not connected yet, or gone
+                socket.send(encode(Alive()), zmq.NOBLOCK)
+
+    def _lose(self, loss: Loss) -> None:
+        self.loss = loss
+        # Now: whoever is to close this may not live to do so.
+        self._doors.remove_files()
+        try:
+            self._on_loss(loss)
+        except Exception:
+            logger.exception("The rest of a lost group could not be ended")
+        _ring(self._lost_bell)
+
+
+class RankChannel:
+    """A rank's end. `receive` and `send` are for one thread, `fault` for any."""
+
+    def __init__(
+        self, door: Door, on_orphaned: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Connects, and begins to beat. `on_orphaned` is called on the pulse's thread when nothing is heard of the
+        group. Raises ConnectionError."""
+        self._door = door
+        self._on_orphaned = on_orphaned
+        self._clock = clock
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._work = door.connect(self._context, door.work)
+        if not self._work.poll(_milliseconds(CONNECT_TIMEOUT_S), zmq.POLLOUT):
+            self._context.destroy()
+            raise ConnectionError(f"rank {door.rank} does not reach its group at {door.work}")
+        self.send(Beat(0))
+        self.finished = 0
+        """Batches that were run: told with each beat."""
+        self._fault: Fault | None = None
+        self._closing = False
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK)
+        self._pulse = threading.Thread(target=self._beat, name="shard-pulse", daemon=True)
+        self._pulse.start()
+
+    def receive(self) -> Message:
+        """Waits for the next message of the group. Raises WireError."""
+        return decode(self._work.recv())
+
+    def send(self, message: Message) -> None:
+        """Raises WireError, and zmq.Again where the group does not take what was sent before."""
+        self._work.send(encode(message), zmq.NOBLOCK)
+
+    def pages(self) -> "zmq.Socket[bytes]":
+        """A socket for what is said of pages, for whichever thread does so, which also closes it."""
+        return self._door.connect(self._context, self._door.pages)
+
+    def fault(self, reason: str, *, is_victim: bool = False) -> None:
+        """Says that this rank cannot go on, or, as a victim, that others do not; what is said first counts."""
+        if self._fault is None and not self._closing:
+            self._fault = Fault(reason, is_victim)
+            _ring(self._bell)
+
+    def close(self) -> None:
+        """Ends the pulse, after a fault was sent."""
+        if self._closing:
+            return
+        self._closing = True
+        _ring(self._bell)
+        if self._pulse is not threading.current_thread():
+            self._pulse.join(CLOSE_TIMEOUT_S)
+        self._work.close()
+        self._context.destroy()
+        os.close(self._bell)
+
+    # -- the pulse's thread --------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        socket = self._door.connect(self._context, self._door.pulse)
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
+        beat_at, said = 0.0, False
+        heard = looked = self._clock()
+        while not self._closing:
+            if self._clock() >= beat_at:
+                beat_at = self._clock() + BEAT_S
+                _try_send(socket, Beat(self.finished))
+            if self._fault is not None and not said:
+                said = _try_send(socket, self._fault)
+            ready = dict(poller.poll(_milliseconds(beat_at - self._clock())))
+            now = self._clock()
+            # A process that was stopped has heard nothing because it did not listen.
+            heard += max(0.0, now - looked - 2 * BEAT_S)
+            looked = now
+            if self._bell in ready:
+                os.eventfd_read(self._bell)
+            if socket in ready:
+                heard = now
+                _drain(socket)
+            if now - heard > GROUP_PATIENCE_S:
+                self._on_orphaned()
+                break
+        if self._fault is not None and not said:
+            _try_send(socket, self._fault)
+        socket.close(linger=_milliseconds(BEAT_S))
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(0, math.ceil(seconds * 1000))
+
+
+def _ring(bell: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_write(bell, 1)
+
+
+def _try_send(socket: "zmq.Socket[bytes]", message: Message) -> bool:
+    try:
+        socket.send(encode(message), zmq.NOBLOCK)
+    except zmq.Again:  # not connected yet, or not any more
+        return False
+    return True
+
+
+def _drain(socket: "zmq.Socket[bytes]") -> None:
+    with contextlib.suppress(zmq.Again):
+        while True:
+            socket.recv(zmq.NOBLOCK)

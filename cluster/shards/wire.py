@@ -1,0 +1,258 @@
+"""What a group and its ranks say to each other, written as bounded binary messages (`cluster.shards.fields`).
+
+Knows no sockets. What comes from the other side is checked here for its form: lengths fit each other, indices point
+into what they index. What only the receiver knows (its pages, its vocabulary) is the receiver's to check.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.kv.wire import WireError
+from cluster.shards.fields import (
+    F32,
+    I32,
+    I64,
+    MAX_TEXT,
+    Kind,
+    array,
+    bytes_of,
+    distinct,
+    index_in,
+    items,
+    pack,
+    real,
+    record,
+    text,
+    truth,
+    unpack,
+    whole,
+)
+from engine.batch import SETTINGS, Batch, Edit, PromptLogprobRow, Samples, StepOutput, StepStats, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Rank: it lives, and has finished so many batches since its start."""
+
+    finished: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Rank: it cannot go on."""
+
+    reason: str
+    is_victim: bool = False
+    """Whether what it says is that it has lost others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Group: it is there. A rank that does not hear so for a while ends itself."""
+
+
+Message = Batch | StepOutput | Beat | Fault | Alive
+
+
+def encode(message: Message) -> bytes:
+    """The bytes of a message. Raises WireError for one that is no such message, or is longer than MAX_BYTES."""
+    match message:
+        case Batch():
+            content = [0, *_batch_fields(message)]
+        case StepOutput():
+            content = [1, *_output_fields(message)]
+        case Beat(finished):
+            content = [2, finished]
+        case Fault(reason, is_victim):
+            content = [3, reason[:MAX_TEXT], is_victim]
+        case Alive():
+            content = [4]
+    return pack(type(message).__name__, content)
+
+
+def decode(data: bytes) -> Message:
+    """The message that was encoded. Raises WireError for anything that `encode` does not write."""
+    return unpack(data, _KINDS)
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def _batch_fields(batch: Batch) -> list[Any]:
+    samples = batch.samples
+    return [
+        batch.step,
+        np.array(batch.sequence_ids, I64).tobytes(),
+        bytes_of(batch.token_ids, I64),
+        bytes_of(batch.positions, I64),
+        bytes_of(batch.cu_seq_q, I32),
+        bytes_of(batch.context_lens, I32),
+        batch.page_table.shape[1],
+        bytes_of(batch.page_table, I32),
+        bytes_of(samples.rows, I64),
+        bytes_of(samples.positions, I64),
+        bytes_of(samples.settings, SETTINGS),
+        [[index, *_edit_fields(edit)] for index, edit in samples.edits.items()],
+        [[index, top] for index, top in samples.logprobs.items()],
+        [[row.row, np.array(row.targets, I64).tobytes(), row.top] for row in batch.prompt_logprobs],
+    ]
+
+
+def _edit_fields(edit: Edit) -> list[Any]:
+    return [
+        bytes_of(edit.bias_ids, I64),
+        bytes_of(edit.bias, F32),
+        None if edit.allowed is None else bytes_of(edit.allowed, I64),
+        bytes_of(edit.banned, I64),
+        float(edit.repetition_penalty),
+        float(edit.frequency_penalty),
+        float(edit.presence_penalty),
+        bytes_of(edit.seen, I64),
+        bytes_of(edit.counts, F32),
+    ]
+
+
+def _read_batch(
+    step: Any,
+    sequence_ids: Any,
+    token_ids: Any,
+    positions: Any,
+    cu_seq_q: Any,
+    context_lens: Any,
+    width: Any,
+    page_table: Any,
+    rows: Any,
+    sample_positions: Any,
+    settings: Any,
+    edits: Any,
+    logprobs: Any,
+    prompt_logprobs: Any,
+) -> Batch:
+    ids = array(sequence_ids, I64)
+    count = len(ids)
+    tokens, ends = array(token_ids, I64), array(cu_seq_q, I32, count + 1)
+    lengths = ends[1:].astype(np.int64) - ends[:-1]
+    if not count or ends[0] != 0 or ends[-1] != len(tokens) or lengths.min() < 1:
+        raise WireError(f"{count} sequences whose tokens begin at {ends[:4].tolist()}..., of {len(tokens)} tokens")
+    contexts = array(context_lens, I32, count)
+    if (contexts < lengths).any():
+        raise WireError("a sequence attends to fewer keys than it has tokens")
+    columns = whole(width, 2**31 - 1)
+    table = array(page_table, I32, count * columns).reshape(count, columns)
+    if table.size and table.min() < 0:
+        raise WireError("a page below 0")
+    return Batch(
+        step=whole(step),
+        sequence_ids=tuple(ids.tolist()),
+        token_ids=tokens,
+        positions=array(positions, I64, len(tokens)),
+        cu_seq_q=ends,
+        context_lens=contexts,
+        page_table=table,
+        samples=_read_samples(count, rows, sample_positions, settings, edits, logprobs),
+        prompt_logprobs=tuple(_read_prompt_row(row, lengths) for row in items(prompt_logprobs)),
+    )
+
+
+def _read_samples(num_sequences: int, rows: Any, positions: Any, settings: Any, edits: Any, logprobs: Any) -> Samples:
+    which = array(rows, I64)
+    count = len(which)
+    if count and not (which.min() >= 0 and which.max() < num_sequences):
+        raise WireError(f"a token is to be drawn for a sequence beyond the {num_sequences} of the batch")
+    edited = [_read_edit(count, *record(fields, 10)) for fields in items(edits)]
+    reported = [record(fields, 2) for fields in items(logprobs)]
+    return Samples(
+        rows=which,
+        positions=array(positions, I64, count),
+        settings=array(settings, SETTINGS, count),
+        edits=distinct(edited),
+        logprobs=distinct([(index_in(index, count), whole(top)) for index, top in reported]),
+    )
+
+
+def _read_edit(
+    num_rows: int,
+    index: Any,
+    bias_ids: Any,
+    bias: Any,
+    allowed: Any,
+    banned: Any,
+    repetition_penalty: Any,
+    frequency_penalty: Any,
+    presence_penalty: Any,
+    seen: Any,
+    counts: Any,
+) -> tuple[int, Edit]:
+    biased, history = array(bias_ids, I64), array(seen, I64)
+    return index_in(index, num_rows), Edit(
+        bias_ids=biased,
+        bias=array(bias, F32, len(biased)),
+        allowed=None if allowed is None else array(allowed, I64),
+        banned=array(banned, I64),
+        repetition_penalty=real(repetition_penalty),
+        frequency_penalty=real(frequency_penalty),
+        presence_penalty=real(presence_penalty),
+        seen=history,
+        counts=array(counts, F32, len(history)),
+    )
+
+
+def _read_prompt_row(fields: Any, lengths: NDArray[np.int64]) -> PromptLogprobRow:
+    row, targets, top = record(fields, 3)
+    at, ids = index_in(row, len(lengths)), array(targets, I64)
+    if len(ids) > lengths[at]:
+        raise WireError(f"logprobs of {len(ids)} tokens are wanted of a chunk of {lengths[at]}")
+    return PromptLogprobRow(at, tuple(ids.tolist()), whole(top))
+
+
+# -- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def _output_fields(output: StepOutput) -> list[Any]:
+    stats = output.stats
+    return [
+        output.step,
+        np.array(output.token_ids, I64).tobytes(),
+        output.logprobs,
+        output.prompt_logprobs,
+        [stats.num_tokens, stats.num_sequences, float(stats.seconds)],
+        [[row, reason[:MAX_TEXT]] for row, reason in output.failed.items()],
+    ]
+
+
+def _read_output(step: Any, token_ids: Any, logprobs: Any, prompt_logprobs: Any, stats: Any, failed: Any) -> StepOutput:
+    drawn: list[int] = array(token_ids, I64).tolist()
+    reported = [None if each is None else _read_logprob(each) for each in items(logprobs)]
+    if len(reported) != len(drawn):
+        raise WireError(f"{len(drawn)} tokens, but {len(reported)} logprobs")
+    scored = [tuple(_read_logprob(each) for each in items(row)) for row in items(prompt_logprobs)]
+    num_tokens, num_sequences, seconds = record(stats, 3)
+    rows = [record(each, 2) for each in items(failed)]
+    return StepOutput(
+        step=whole(step),
+        token_ids=drawn,
+        logprobs=reported,
+        prompt_logprobs=scored,
+        stats=StepStats(whole(num_tokens), whole(num_sequences), real(seconds)),
+        failed=distinct([(index_in(row, len(drawn)), text(reason)) for row, reason in rows]),
+    )
+
+
+def _read_logprob(fields: Any) -> TokenLogprob:
+    token_id, logprob, rank, top = record(fields, 4)
+    pairs = [record(each, 2) for each in items(top)]
+    others = tuple((whole(other), real(value)) for other, value in pairs)
+    return TokenLogprob(whole(token_id), real(logprob), whole(rank), others)
+
+
+_KINDS: tuple[Kind[Message], ...] = (
+    ("Batch", 14, _read_batch),
+    ("StepOutput", 6, _read_output),
+    ("Beat", 1, lambda finished: Beat(whole(finished))),
+    ("Fault", 2, lambda reason, is_victim: Fault(text(reason), truth(is_victim))),
+    ("Alive", 0, Alive),
+)
+"""By kind, which is the place in this table: the message, how many fields it has, and what reads them."""

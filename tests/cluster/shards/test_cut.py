@@ -1,0 +1,62 @@
+"""How a model is cut into ranks: every layer is somewhere, once, and no rank is asked for more than it has room for."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import ParallelConfig
+from cluster.shards.cut import check_degrees, places_of, plan_group
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.parallel.place import Place, RankFacts
+from engine.parallel.slices import TensorRank
+from tests.cluster.planner import models
+
+FACTS = RankFacts(100, 16, 16 * 512, 10**6, 2048, 1000, (2,), b"x")
+
+
+@settings(deadline=None)
+@given(tensor=st.integers(1, 4), stages=st.integers(1, 8), more=st.integers(0, 30))
+def test_every_layer_is_in_one_stage_and_stages_are_alike(tensor: int, stages: int, more: int) -> None:
+    layers = stages + more
+    places = places_of(ParallelConfig(tensor=tensor, pipeline=stages), layers)
+    assert [place.rank for place in places] == list(range(tensor * stages))
+    assert [place.answers for place in places] == [rank == (stages - 1) * tensor for rank in range(tensor * stages)]
+    assert all(place.world == len(places) for place in places)
+    for rank in range(tensor):
+        parts = [place.layers for place in places if place.tensor.rank == rank]
+        assert [layer for part in parts for layer in part] == list(range(layers))
+        assert len(parts[0]) - 1 <= len(parts[-1]) <= min(map(len, parts))
+
+
+def test_a_place_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="stage 2 of 2"):
+        Place(2, 2, range(3), TensorRank())
+    with pytest.raises(ValueError, match="consecutive"):
+        Place(0, 2, range(0), TensorRank())
+
+
+def test_all_ranks_get_what_the_one_with_least_room_has() -> None:
+    kv = plan_group([FACTS, replace(FACTS, num_pages=70), FACTS], EngineConfig())
+    assert (kv.num_pages, kv.max_model_len) == (70, 70 * 16)
+
+
+def test_a_length_that_the_one_with_least_room_does_not_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="lower max_model_len to 160"):
+        plan_group([FACTS, replace(FACTS, num_pages=10)], EngineConfig(max_model_len=500))
+
+
+def test_no_more_pages_are_asked_for_than_sequences_can_use() -> None:
+    config = EngineConfig.model_validate({"max_model_len": 32, "scheduler": {"max_sequences": 4}})
+    assert plan_group([FACTS], config).num_pages == 8
+
+
+@pytest.mark.parametrize(
+    ("degrees", "reason"),
+    [({"tensor": 3}, "heads cannot be divided among 3 ranks"), ({"pipeline": 99}, "layers are too few for 99 stages")],
+)
+def test_a_model_that_cannot_be_cut_so_is_refused_in_words(degrees: dict, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        check_degrees(models.LLAMA2_7B, ParallelConfig(**degrees))
