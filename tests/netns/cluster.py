@@ -6,7 +6,6 @@ where. Knows nothing of what is done to them.
 
 import contextlib
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -29,7 +28,6 @@ RANK, REPLICA, GATEWAY, STORE = "ShardActor", ":LLMReplica", ":Gateway", ":Strea
 """What the command line of such a process has."""
 _GCS_PORT = 6379
 _OBJECT_STORE_BYTES = 80 * 2**20
-_LOADED = re.compile(r" INFO replica \w+: .* batches in flight, .* pages of \d+ tokens")
 POLL_S = 0.02
 
 
@@ -123,10 +121,6 @@ class Cluster:
     def where(self, kind: str) -> dict[int, Host]:
         """Processes of a kind, and the host of each."""
         return {pid: host for host in self.hosts for pid, command in host.processes().items() if kind in command}
-
-    def num_loaded(self) -> int:
-        """How often a replica has loaded the model, on hosts that have not been started again since."""
-        return sum(len(_LOADED.findall(host.read(LOG))) for host in self.hosts)
 
     def keep_logs(self, folder: Path) -> None:
         """What everybody said, for whoever looks for a reason."""

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--layouts", type=_names(LAYOUTS), default=tuple(LAYOUTS), help=f"of {','.join(LAYOUTS)}")
     made.add_argument("--strikes", type=_names(STRIKES), default=tuple(STRIKES), help=f"of {','.join(STRIKES)}")
     made.add_argument("--gateways", type=int, default=2)
-    made.add_argument("--max-tokens", type=int, default=600, help="of each answer")
+    made.add_argument("--max-tokens", type=int, default=300, help="of each answer")
     made.add_argument("--json", type=Path, metavar="FILE", help="for the numbers")
     made.add_argument("--logs", type=Path, metavar="FOLDER", help="for what all processes have said")
     return made
