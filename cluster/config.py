@@ -1,5 +1,5 @@
-"""What an operator may choose about what runs beside the replicas, and about how these are cut. Frozen; holds no resolved
-value.
+"""What an operator may choose about what runs beside the replicas, and about how these are cut. Frozen; holds no
+resolved value.
 """
 
 from pathlib import Path

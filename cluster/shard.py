@@ -22,6 +22,7 @@ from cluster.shards.door import Door
 from cluster.shards.tier import RankTier
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
+from engine.errors import RanksLost
 from engine.kv.tier import PageMemory, TierFactory
 from engine.parallel.place import Place, RankFacts
 
@@ -108,7 +109,7 @@ class ShardActor:
             serve(self._channel, self._runner)
         except Exception as error:
             logger.exception("A rank cannot go on")
-            self._channel.fault(reason_of(error))
+            self._channel.fault(reason_of(error), is_victim=is_victim(error))
             # Neighbours that lost their connection to this rank now would blame it on that.
             threading.Event().wait()
             raise
@@ -130,6 +131,11 @@ def reason_of(error: BaseException) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_victim(error: BaseException) -> bool:
+    """Whether it says that other ranks are lost."""
+    return isinstance(error, RanksLost | ConnectionError)
 
 
 def free_port(address: str) -> int:

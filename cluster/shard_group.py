@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ParallelConfig
 from cluster.kv.wire import WireError
 from cluster.nodes import living_nodes, this_node
-from cluster.shard import RankLoader, ShardActor, Whereabouts, reason_of
+from cluster.shard import RankLoader, ShardActor, Whereabouts, is_victim, reason_of
 from cluster.shards.channel import ChannelClosed, GroupChannel
 from cluster.shards.placement import Amounts, Bundles, NoRoom, bundle_of, lay_bundles, refusal
 from cluster.shards.tier import GroupTier
@@ -266,7 +266,7 @@ class ShardGroup:
                     watch.gone(rank, "its process has ended")
                 except ray.exceptions.RayTaskError as error:
                     errors[rank] = error.cause if isinstance(error.cause, Exception) else error
-                    watch.fault(rank, reason_of(errors[rank]))
+                    watch.fault(rank, reason_of(errors[rank]), is_victim=is_victim(errors[rank]))
             if (loss := watch.verdict()) is not None:
                 cause = errors[loss.rank]
                 raise cause if isinstance(cause, ModelError | ValueError) else self._blame(loss)

@@ -26,10 +26,18 @@ def load_rank(config: EngineConfig, place: Place, rendezvous: str) -> LoadedRank
     return load_rank(config, place, rendezvous)
 
 
-def make_rank_tier(application: str, bandwidth: float | None, layout: bytes, memory: PageMemory) -> Tier:
-    """What the pages of this process's rank overflow to: the KV host of its own node."""
+def make_rank_tier(application: str, ranks: int, bandwidth: float | None, layout: bytes, memory: PageMemory) -> Tier:
+    """What the pages of this process's rank overflow to: the KV host of its own node.
+
+    The host keeps an equal part of its memory for each rank of a replica, as any of them may come to its node.
+    """
     return TierClient(
-        host_finder(application), layout, memory, name=f"rank {os.getpid()}", bandwidth=Bandwidth(save=bandwidth)
+        host_finder(application),
+        layout,
+        memory,
+        name=f"rank {os.getpid()}",
+        parts=ranks,
+        bandwidth=Bandwidth(save=bandwidth),
     )
 
 
@@ -49,7 +57,7 @@ class ShardedFactory:
         if find_host is not None and config.kv.offload:
             bandwidth = config.kv.offload_bandwidth
             each = None if bandwidth is None else bandwidth / self.parallel.ranks
-            make_tier = partial(make_rank_tier, context.app_name, each)
+            make_tier = partial(make_rank_tier, context.app_name, self.parallel.ranks, each)
         return build_sharded_engine(
             config,
             self.parallel,

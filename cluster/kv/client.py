@@ -76,13 +76,15 @@ class TierClient:
         memory: PageMemory,
         *,
         name: str,
+        parts: int = 1,
         bandwidth: Bandwidth = UNLIMITED,
         choose: LoadPolicy = choose_load,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`find_host` gives the socket of the host, None while there is none; it is asked on the client's thread."""
+        """`find_host` gives the socket of the host, None while there is none; it is asked on the client's thread.
+        `parts`: layouts that the budgets of one host are for."""
         self._find_host = find_host
-        self._hello = Hello(VERSION, layout, memory.page_bytes, name)
+        self._hello = Hello(VERSION, layout, memory.page_bytes, name, parts)
         self._memory = memory
         self._bandwidth = bandwidth
         self._choose = choose

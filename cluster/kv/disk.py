@@ -104,11 +104,12 @@ class DiskTier:
         except OSError as error:
             self.switch_off(error)
 
-    async def open(self, layout: bytes, page_bytes: int) -> "LayoutDisk | None":
-        """The pages of a layout, with what others in use leave of the budget; None if that is not even one page, or if
-        the disk is not to be used."""
+    async def open(self, layout: bytes, page_bytes: int, parts: int = 1) -> "LayoutDisk | None":
+        """The pages of a layout, with its part of the budget, if others in use leave as much; None if that is not even
+        one page, or if the disk is not to be used."""
         size = file_bytes(page_bytes)
         left = self._budget - sum(disk.table.num_slots * disk.file_bytes for disk in self._open.values())
+        left = min(left, self._budget // parts)
         num_pages = min(left // size, MAX_PAGES)
         name = layout.hex()
         if self._off:

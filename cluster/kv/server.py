@@ -195,21 +195,21 @@ class KVServer:
             raise HostError(f"a page has from 1 to {MAX_PAGE_BYTES} bytes, not {hello.page_bytes}")
         store = self._stores.get(hello.layout)
         if store is None:
-            store = await self._open(hello.layout, hello.page_bytes)
+            store = await self._open(hello.layout, hello.page_bytes, hello.parts)
         elif store.segment.page_bytes != hello.page_bytes:
             raise HostError(
                 f"pages of this layout have {store.segment.page_bytes} bytes here, the client's {hello.page_bytes}"
             )
         return store
 
-    async def _open(self, layout: bytes, page_bytes: int) -> Store:
-        """A new store, with what those that are in use leave of the budget."""
+    async def _open(self, layout: bytes, page_bytes: int, parts: int) -> Store:
+        """A new store, with its part of the budget, if those that are in use leave as much."""
         in_use = {session.store.layout for session in self._sessions}
         for other in [other for other in self._stores if other not in in_use]:
             await self._drop(other)
-        disk = None if self._disk is None else await self._disk.open(layout, page_bytes)
+        disk = None if self._disk is None else await self._disk.open(layout, page_bytes, parts)
         try:
-            segment = self._make_segment(page_bytes, num_disk=disk.table.num_slots if disk else 0)
+            segment = self._make_segment(page_bytes, parts, num_disk=disk.table.num_slots if disk else 0)
         except (HostError, SegmentError):
             if disk is not None:
                 await disk.close()
@@ -222,8 +222,9 @@ class KVServer:
         logger.info("Keeping up to %d pages of %d bytes in %s", segment.num_slots, page_bytes, segment.path)
         return store
 
-    def _make_segment(self, page_bytes: int, num_disk: int) -> Segment:
+    def _make_segment(self, page_bytes: int, parts: int, num_disk: int) -> Segment:
         left = self._config.memory_bytes - sum(_size(store.segment) for store in self._stores.values())
+        left = min(left, self._config.memory_bytes // parts)
         free = shutil.disk_usage(self._config.segments).free
         room = free - free // ROOM_FOR_OTHERS
         if room < left:

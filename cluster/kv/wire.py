@@ -14,7 +14,7 @@ import msgpack
 
 from engine.kv.keys import KEY_BYTES
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 8 * 2**20
 """Bytes of a body. About 200,000 keys fit, which is more than the pages of any one sequence."""
 ON_DISK = -1
@@ -22,6 +22,7 @@ ON_DISK = -1
 ELSEWHERE = -2
 """In place of a slot: the page is at the host of another node."""
 MAX_TEXT = 4096
+MAX_PARTS = 65_536
 _LENGTH = struct.Struct("<I")
 PREFIX_BYTES = _LENGTH.size
 
@@ -51,6 +52,8 @@ class Hello:
     page_bytes: int
     name: str
     """For the log."""
+    parts: int = 1
+    """Layouts that are to share the host's budgets, of which this is one: as many as a model has ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +191,7 @@ _place = _integer(ELSEWHERE, 2**31 - 1)
 _crc = _integer(0, 2**32 - 1)
 
 _KINDS: tuple[tuple[type, tuple[_Check, ...]], ...] = (
-    (Hello, (_number, _key, _number, _text)),
+    (Hello, (_number, _key, _number, _text, _integer(1, MAX_PARTS))),
     (Commit, (_list_of(_entry),)),
     (Find, (_number, _list_of(_key))),
     (Fetch, (_number, _number)),

@@ -172,8 +172,8 @@ class GroupChannel:
                     match decode(socket.recv(zmq.NOBLOCK)):
                         case Beat(finished):
                             self._watch.beat(rank, finished)
-                        case Fault(reason):
-                            self._watch.fault(rank, reason)
+                        case Fault(reason, is_victim):
+                            self._watch.fault(rank, reason, is_victim=is_victim)
                         case other:
                             raise WireError(f"a {type(other).__name__} among its beats")
                 except WireError as error:
@@ -221,7 +221,7 @@ class RankChannel:
         self.send(Beat(0))
         self.finished = 0
         """Batches that were run: told with each beat."""
-        self._fault: str | None = None
+        self._fault: Fault | None = None
         self._closing = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK)
         self._pulse = threading.Thread(target=self._beat, name="shard-pulse", daemon=True)
@@ -239,10 +239,10 @@ class RankChannel:
         """A socket for what is said of pages, for whichever thread does so, which also closes it."""
         return self._door.connect(self._context, self._door.pages)
 
-    def fault(self, reason: str) -> None:
-        """Says that this rank cannot go on; the first reason counts."""
+    def fault(self, reason: str, *, is_victim: bool = False) -> None:
+        """Says that this rank cannot go on, or, as a victim, that others do not; what is said first counts."""
         if self._fault is None and not self._closing:
-            self._fault = reason
+            self._fault = Fault(reason, is_victim)
             _ring(self._bell)
 
     def close(self) -> None:
@@ -271,7 +271,7 @@ class RankChannel:
                 beat_at = self._clock() + BEAT_S
                 _try_send(socket, Beat(self.finished))
             if self._fault is not None and not said:
-                said = _try_send(socket, Fault(self._fault))
+                said = _try_send(socket, self._fault)
             ready = dict(poller.poll(_milliseconds(beat_at - self._clock())))
             now = self._clock()
             # A process that was stopped has heard nothing because it did not listen.
@@ -286,7 +286,7 @@ class RankChannel:
                 self._on_orphaned()
                 break
         if self._fault is not None and not said:
-            _try_send(socket, Fault(self._fault))
+            _try_send(socket, self._fault)
         socket.close(linger=_milliseconds(BEAT_S))
 
 

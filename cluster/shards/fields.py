@@ -109,6 +109,12 @@ def real(value: Any) -> float:
     return value
 
 
+def truth(value: Any) -> bool:
+    if type(value) is not bool:
+        raise WireError(f"expected true or false, got {value!r:.40}")
+    return value
+
+
 def text(value: Any) -> str:
     if type(value) is not str or len(value) > MAX_TEXT:
         raise WireError(f"expected a text of at most {MAX_TEXT} characters, got {value!r:.40}")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.kv.wire import WireError
-from cluster.shards.fields import F64, I64, Kind, array, bytes_of, items, pack, real, record, unpack, whole
+from cluster.shards.fields import F64, I64, Kind, array, bytes_of, items, pack, real, record, truth, unpack, whole
 from engine.kv.keys import KEY_BYTES
 from engine.kv.tier import Save
 
@@ -124,9 +124,7 @@ def _read_news(saved: Any, fetched: Any, state: Any) -> News:
 
 
 def _read_saved(page: Any, stored: Any) -> Saved:
-    if type(stored) is not bool:
-        raise WireError(f"expected whether a page is stored, got {stored!r:.40}")
-    return Saved(whole(page), stored)
+    return Saved(whole(page), truth(stored))
 
 
 def _read_fetched(ticket: Any, num_pages: Any, seconds: Any, predicted_seconds: Any) -> Fetched:

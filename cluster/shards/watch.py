@@ -1,7 +1,7 @@
 """Which rank of a group is lost, and why: judged by what each says, and for how long it has said nothing. Pure.
 
 A rank that dies takes others with it: they fail at their connection to it, and say so, while it says nothing any more.
-So a fault is not believed at once where another rank may turn out to be its cause.
+So a fault is not believed at once where another rank may turn out to be its cause, least of all one that says so.
 """
 
 import time
@@ -15,7 +15,9 @@ SILENCE_S = 1.5
 QUIET_S = 0.75
 """After which it may well be."""
 GRACE_S = 0.2
-"""For the end of a process to be known: longer than Ray takes to tell."""
+"""For the end of a process to be known: longer than Ray mostly takes to tell."""
+SEARCH_S = 1.0
+"""For the cause of faults that others are to blame for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Watch:
         self._faults: dict[int, str] = {}
         self._gone: dict[int, str] = {}
         """Both in the order in which they came."""
+        self._victims: set[int] = set()
+        """Ranks whose fault is that they have lost others."""
         self._since: float | None = None
         """When the first sign of a loss was seen."""
 
@@ -56,9 +60,12 @@ class Watch:
         if rank in self._heard:
             self._heard[rank] = self._clock()
 
-    def fault(self, rank: int, reason: str) -> None:
-        """It says that it cannot go on."""
-        self._faults.setdefault(rank, reason)
+    def fault(self, rank: int, reason: str, *, is_victim: bool = False) -> None:
+        """It says that it cannot go on, or, as a victim, that others do not."""
+        if rank not in self._faults:
+            self._faults[rank] = reason
+            if is_victim:
+                self._victims.add(rank)
 
     def gone(self, rank: int, reason: str) -> None:
         """Its process has ended."""
@@ -81,7 +88,10 @@ class Watch:
             rank = silent[0]
             seconds = now - self._heard[rank]
             return self._loss((rank, f"silent for {seconds:.1f} s, after {self._finished[rank]} batches"))
-        if now - self._since < GRACE_S or self._silent_for(QUIET_S, now):
+        own = {rank: why for rank, why in self._faults.items() if rank not in self._victims}
+        if own:
+            return None if now - self._since < GRACE_S else self._loss(next(iter(own.items())))
+        if now - self._since < SEARCH_S or self._silent_for(QUIET_S, now):
             return None
         return self._loss(next(iter(self._faults.items())))
 

@@ -26,6 +26,7 @@ from cluster.shards.fields import (
     real,
     record,
     text,
+    truth,
     unpack,
     whole,
 )
@@ -44,6 +45,8 @@ class Fault:
     """Rank: it cannot go on."""
 
     reason: str
+    is_victim: bool = False
+    """Whether what it says is that it has lost others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,8 @@ def encode(message: Message) -> bytes:
             content = [1, *_output_fields(message)]
         case Beat(finished):
             content = [2, finished]
-        case Fault(reason):
-            content = [3, reason[:MAX_TEXT]]
+        case Fault(reason, is_victim):
+            content = [3, reason[:MAX_TEXT], is_victim]
         case Alive():
             content = [4]
     return pack(type(message).__name__, content)
@@ -249,7 +252,7 @@ _KINDS: tuple[Kind[Message], ...] = (
     ("Batch", 14, _read_batch),
     ("StepOutput", 6, _read_output),
     ("Beat", 1, lambda finished: Beat(whole(finished))),
-    ("Fault", 1, lambda reason: Fault(text(reason))),
+    ("Fault", 2, lambda reason, is_victim: Fault(text(reason), truth(is_victim))),
     ("Alive", 0, Alive),
 )
 """By kind, which is the place in this table: the message, how many fields it has, and what reads them."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import Batch
@@ -58,6 +58,7 @@ def test_only_the_first_prompt_of_a_batch_is_cut() -> None:
     assert [first.num_tokens, second.num_tokens] == [250, 250]
 
 
+@settings(deadline=None)
 @given(
     prompts=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     depth=st.integers(1, 5),

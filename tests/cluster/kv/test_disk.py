@@ -294,6 +294,16 @@ class TestLayouts:
         assert await read(other, *"stuvw") == [True] * 5
         assert (stranger / "a.page").exists()
 
+    async def test_layouts_that_are_to_share_the_budget_get_equal_parts(self, tmp_path: Path) -> None:
+        tier = DiskTier(tmp_path, 10 * file_bytes(PAGE_BYTES), HostCounters())
+        await tier.start()
+        disks = [await tier.open(layout, PAGE_BYTES, parts=2) for layout in (LAYOUT, OTHER)]
+        assert [disk.table.num_slots for disk in disks if disk is not None] == [5, 5]
+        for disk in disks:
+            assert disk is not None
+            await disk.close()
+        await tier.close()
+
     async def test_those_in_use_share_the_budget(self, tmp_path: Path) -> None:
         tier, disk = await opened(tmp_path, pages=10)
         assert disk.table.num_slots == 10 and await tier.open(OTHER, PAGE_BYTES) is None

@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ import pytest
 from cluster.kv.host_config import HostConfig
 from cluster.kv.segment import Segment, round_up, segment_bytes
 from cluster.kv.server import HostError, KVServer
-from cluster.kv.wire import Commit, Corrupt, Entry, Fetch, Find, Found, Grant, Hello, Refused, Release
+from cluster.kv.wire import VERSION, Commit, Corrupt, Entry, Fetch, Find, Found, Grant, Hello, Refused, Release, Welcome
 from tests.cluster.kv.talk import LAYOUT, PAGE_BYTES, Client, chain, connected, key_of
 
 pytestmark = pytest.mark.anyio
@@ -155,9 +155,21 @@ class TestBudget:
             connected(server.socket),
             connected(server.socket, layout=None) as other,
         ):
-            other.say(Hello(1, LAYOUT[::-1], PAGE_BYTES, "other"))
+            other.say(Hello(VERSION, LAYOUT[::-1], PAGE_BYTES, "other"))
             assert "too little for 2 pages" in (await other.hear(Refused)).reason
             assert await other.is_ended()
+
+    async def test_layouts_that_are_to_share_it_get_equal_parts(self, place: Path) -> None:
+        """The ranks of one model, each with pages of its own."""
+        layouts = [bytes([rank]) * 32 for rank in range(3)]
+        async with AsyncExitStack() as stack:
+            server = await stack.enter_async_context(running(place, slots=60))
+            slots = []
+            for layout in layouts:
+                client = await stack.enter_async_context(connected(server.socket, layout=None))
+                client.say(Hello(VERSION, layout, PAGE_BYTES, "rank", 3))
+                slots.append((await client.hear(Welcome)).num_slots)
+            assert max(slots) - min(slots) <= 1 and 3 * min(slots) >= 54
 
     async def test_a_layout_that_nobody_uses_makes_room(self, place: Path) -> None:
         async with running(place) as server:
@@ -175,13 +187,13 @@ class TestBudget:
             connected(server.socket),
             connected(server.socket, layout=None) as other,
         ):
-            other.say(Hello(1, LAYOUT, PAGE_BYTES + 1, "other"))
+            other.say(Hello(VERSION, LAYOUT, PAGE_BYTES + 1, "other"))
             assert "have 10000 bytes here" in (await other.hear(Refused)).reason
 
     async def test_another_version_is_refused(self, place: Path) -> None:
         async with running(place) as server, connected(server.socket, layout=None) as client:
-            client.say(Hello(2, LAYOUT, PAGE_BYTES, "new"))
-            assert "speaks version 1" in (await client.hear(Refused)).reason
+            client.say(Hello(VERSION + 1, LAYOUT, PAGE_BYTES, "new"))
+            assert f"speaks version {VERSION}" in (await client.hear(Refused)).reason
 
     async def test_too_little_room_reduces_it_and_is_said(
         self, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -243,7 +255,7 @@ class TestBadClients:
             Release(1),
             Fetch(1, 1),
             Grant([1]),
-            Hello(1, LAYOUT, PAGE_BYTES, "again"),
+            Hello(VERSION, LAYOUT, PAGE_BYTES, "again"),
         ],
     )
     async def test_messages_that_make_no_sense_end_that_connection_only(self, place: Path, message) -> None:

@@ -46,7 +46,7 @@ def answers(kind: type, places: st.SearchStrategy[int], *before: st.SearchStrate
 
 
 messages = st.one_of(
-    st.builds(Hello, numbers, keys, numbers, texts),
+    st.builds(Hello, numbers, keys, numbers, texts, st.integers(1, 65_536)),
     st.builds(Commit, st.lists(entries, max_size=5)),
     st.builds(Find, numbers, st.lists(keys, max_size=5)),
     st.builds(Fetch, numbers, numbers),
@@ -108,7 +108,7 @@ KEY = b"k" * 32
         ([1, [[-1, KEY, b"", 0]]], "Commit: expected an integer"),
         ([1, [[0, KEY, b"", 2**32]]], "Commit: expected an integer"),
         ([1, [[0, KEY, b""]]], "Commit: expected a slot"),
-        ([0, 1, KEY, 4096, "n" * 5000], "Hello: expected a text of at most"),
+        ([0, 1, KEY, 4096, "n" * 5000, 1], "Hello: expected a text of at most"),
         ([9, 1, [0, -3], [0, 0]], "Found: expected an integer from -2"),
         ([9, 1, [0, 1], [0]], "Found: 2 slots, but 1 CRCs"),
         ([10, 1, 0, [-1], [0]], "Ready: expected an integer"),

@@ -27,6 +27,8 @@ NUM_PAGES = 64
 """Of rank 0; each of the others has one less than the one before it."""
 MAX_POSITION = 200
 LETTERS = range(100, 126)
+TOKEN_S = 0.01
+"""What a token is said to take: pages are worth loading."""
 STEP_S = 0.02
 """What a batch takes the ranks that draw letters."""
 
@@ -107,7 +109,7 @@ class FakeRunner:
         self._place = place
         self._total = total
         self._trouble = trouble
-        self._runner = LedgerRunner(num_pages, PAGE_TOKENS)
+        self._runner = LedgerRunner(num_pages, PAGE_TOKENS, token_seconds=TOKEN_S)
         self.memory = FakeMemory(self._runner)
 
     def run(self, batch: Batch) -> StepOutput | None:

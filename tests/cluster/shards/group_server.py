@@ -54,11 +54,11 @@ class Server:
                 places_of(config, 8),
                 load_fake,
                 {"CPU": cpus},
-                make_tier=partial(make_rank_tier, APPLICATION, None) if kv_hosts else None,
+                make_tier=partial(make_rank_tier, APPLICATION, config.ranks, None) if kv_hosts else None,
             )
         )
         if kv_hosts:
-            self._hosts = list(start_hosts(APPLICATION, KVTierConfig(memory=2**20)).values())
+            self._hosts = list(start_hosts(APPLICATION, KVTierConfig(memory=2**22)).values())
         self._engine = engine_over(self._group, EngineConfig(model=model), model_path=None)
         return {
             "ranks": [[each.pid, each.node, each.address] for each in self._group._where],

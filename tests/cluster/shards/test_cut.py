@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ParallelConfig
@@ -17,6 +17,7 @@ from tests.cluster.planner import models
 FACTS = RankFacts(100, 16, 16 * 512, 10**6, 2048, 1000, (2,), b"x")
 
 
+@settings(deadline=None)
 @given(tensor=st.integers(1, 4), stages=st.integers(1, 8), more=st.integers(0, 30))
 def test_every_layer_is_in_one_stage_and_stages_are_alike(tensor: int, stages: int, more: int) -> None:
     layers = stages + more

@@ -183,11 +183,13 @@ news = st.builds(
 saves = st.builds(Saves, st.lists(st.builds(Save, keys, keys | st.just(b""), numbers), max_size=3).map(tuple))
 
 
+@settings(deadline=None)
 @given(message=news | saves)
 def test_what_is_said_of_pages_arrives(message: News | Saves) -> None:
     assert decode(encode(message)) == message
 
 
+@settings(deadline=None)
 @given(ticket=numbers, pages=st.lists(st.tuples(keys, numbers), max_size=4))
 def test_what_is_asked_for_arrives(ticket: int, pages: list[tuple[bytes, int]]) -> None:
     recompute = np.arange(len(pages) + 1, dtype=np.float64)
@@ -198,6 +200,7 @@ def test_what_is_asked_for_arrives(ticket: int, pages: list[tuple[bytes, int]]) 
     assert got.recompute.tolist() == recompute.tolist()
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=100), message=news | saves, place=st.integers(0, 3), other=st.integers() | st.binary())
 def test_what_is_no_message_is_refused(data: bytes, message: News | Saves, place: int, other: int | bytes) -> None:
     content = msgpack.unpackb(encode(message))

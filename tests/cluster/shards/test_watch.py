@@ -1,9 +1,9 @@
 """Who is to blame when a rank is lost: the one that is the cause, in less than 2 s, and nobody when all are well."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.shards.watch import BEAT_S, GRACE_S, QUIET_S, SILENCE_S, Loss, Watch
+from cluster.shards.watch import BEAT_S, GRACE_S, SEARCH_S, SILENCE_S, Loss, Watch
 
 
 class Group:
@@ -71,28 +71,45 @@ def test_what_a_rank_says_is_its_reason() -> None:
 def test_the_first_to_say_something_is_the_cause() -> None:
     group = armed()
     group.watch.fault(2, "no memory")
-    group.watch.fault(0, "connection closed by rank 2")
+    group.watch.fault(0, "cannot add")
     group.watch.gone(2, "exited")
+    assert group.verdict_within(1)[0] == Loss(2, "no memory", ((0, "cannot add"),))
+
+
+def test_who_says_that_others_are_lost_is_not_blamed_however_early() -> None:
+    group = armed()
+    group.watch.fault(0, "connection closed by rank 2", is_victim=True)
+    assert group.verdict_within(GRACE_S)[0] is None
+    group.watch.fault(2, "no memory")
     assert group.verdict_within(1)[0] == Loss(2, "no memory", ((0, "connection closed by rank 2"),))
+
+
+def test_where_nobody_else_is_to_blame_it_is_whoever_said_so_first() -> None:
+    group = armed()
+    group.watch.fault(1, "connection closed", is_victim=True)
+    group.watch.fault(3, "connection closed too", is_victim=True)
+    loss, seconds = group.verdict_within(2)
+    assert loss == Loss(1, "connection closed", ((3, "connection closed too"),)) and seconds < 1.5
 
 
 def test_neighbours_that_notice_first_are_not_blamed_for_a_process_that_was_killed() -> None:
     group = armed()
-    group.watch.fault(0, "connection closed by rank 1")
-    group.now += GRACE_S / 2
+    group.watch.fault(0, "connection closed by rank 1", is_victim=True)
+    group.now += SEARCH_S / 2
     assert group.watch.verdict() is None
     group.watch.gone(1, "killed")
     assert group.verdict_within(0) == (Loss(1, "killed", ((0, "connection closed by rank 1"),)), 0.0)
 
 
-@given(after=st.floats(QUIET_S, SILENCE_S))
+@settings(deadline=None)
+@given(after=st.floats(BEAT_S, SILENCE_S))
 def test_neighbours_that_wait_in_vain_are_not_blamed_for_a_rank_that_is_stopped(after: float) -> None:
     group = armed()
     group.stopped = {1}
     group.now += BEAT_S  # it had just been heard
     found, _ = group.verdict_within(after - BEAT_S)
     if found is None:
-        group.watch.fault(0, "no word from rank 1")
+        group.watch.fault(0, "no word from rank 1", is_victim=True)
         found, _ = group.verdict_within(SILENCE_S)
     assert found is not None and found.rank == 1
 
