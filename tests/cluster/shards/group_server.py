@@ -170,9 +170,13 @@ def main(directory: str, *cpus: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
+    from cluster.shard import free_port
+
     first, *others = map(int, cpus)
     memory = {"object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": first, "include_dashboard": True, **memory})
+    # Whoever lists actors asks the dashboard.
+    dashboard = {"include_dashboard": True, "dashboard_port": free_port("127.0.0.1")}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": first, **dashboard, **memory})
     try:
         for count in others:
             cluster.add_node(num_cpus=count, **memory)
