@@ -37,6 +37,7 @@ def test_streams_outlive_a_host(reports: dict[str, dict[str, Any]], strike: str)
     report = reports[strike]
     assert report["cut"] > 0 and not report["complaints"]
     assert report["went_on_s"] is not None and report["loaded_s"] is not None
+    assert "store of streams" not in report["also_there"], "it would be lost together with a gateway"
 
 
 def test_ranks_that_are_cut_off_are_lost_in_time_and_end_by_themselves(reports: dict[str, dict[str, Any]]) -> None:
