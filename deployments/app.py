@@ -34,6 +34,8 @@ HEALTH_CHECK_TIMEOUT_S = 10.0
 """Serve replaces a replica that misses three in a row: an event loop that is merely busy must not be taken for dead."""
 HUB_SHUTDOWN_S = 10.0
 GRACEFUL_SHUTDOWN_POLL_S = 0.5
+HEAD = {"node:__internal_head__": 0.001}
+"""A little of what Ray's head alone has, by Ray's name for it: whoever takes it is there."""
 GATEWAY_SURGE_PERCENT = 100
 """New gateways take requests before old ones take no more; they reserve nothing, so there is always room for them."""
 
@@ -69,7 +71,13 @@ def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: Rank
         .options(**(reservation(config, each) if ranks > 1 else {}))
         .bind(engine, config.model_name, hub, engine_factory, hosts)
     )
-    streams = _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.gateway.streams, hub)
+    # A host that is lost may take a gateway along, and must not take what is known of its streams: the store is where
+    # the cluster ends anyway.
+    streams = (
+        _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S)
+        .options(ray_actor_options={"num_cpus": 0, "resources": HEAD})
+        .bind(config.gateway.streams, hub)
+    )
     gateway = _deployment(
         serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0, drain_s=config.gateway.drain_timeout_s
     ).options(max_surge_percent=GATEWAY_SURGE_PERCENT)
