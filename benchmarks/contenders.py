@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from benchmarks.workloads import Item
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
 
 PAD = 2
 STATIC_BATCH = 16
@@ -50,16 +53,34 @@ class Manta:
         self._engine = build_engine(config)
 
     def run(self, items: Sequence[Item]) -> int:
-        from engine.sampling_params import SamplingParams
-        from engine.sequence import Request
+        return run(self._engine, items)
 
-        for index, item in enumerate(items):
-            params = SamplingParams(max_tokens=item.output_tokens, temperature=0.0, ignore_eos=True)
-            self._engine.add(Request(str(index), item.prompt, params))
-        produced = 0
-        while self._engine.has_work():
-            produced += sum(len(emission.token_ids) for emission in self._engine.step())
-        return _checked(produced, items)
+
+def run(engine: "Engine", items: Sequence[Item]) -> int:
+    """See `Contender.run`."""
+    return _checked(sum(map(len, generated(engine, items))), items)
+
+
+def tokens_per_second(engine: "Engine", items: Sequence[Item]) -> float:
+    """Output tokens per second of wall time, over one run of the items on an engine of this process."""
+    begin = time.perf_counter()
+    produced = run(engine, items)
+    return produced / (time.perf_counter() - begin)
+
+
+def generated(engine: "Engine", items: Sequence[Item]) -> list[list[int]]:
+    """Each item's output tokens, greedy and past any end-of-sequence."""
+    from engine.sampling_params import SamplingParams
+    from engine.sequence import Request
+
+    for index, item in enumerate(items):
+        params = SamplingParams(max_tokens=item.output_tokens, temperature=0.0, ignore_eos=True)
+        engine.add(Request(str(index), item.prompt, params))
+    found: list[list[int]] = [[] for _ in items]
+    while engine.has_work():
+        for emission in engine.step():
+            found[int(emission.request_id)].extend(emission.token_ids)
+    return found
 
 
 class TransformersStatic:

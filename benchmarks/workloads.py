@@ -4,7 +4,9 @@ Knows no engine and no clock.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 FIRST_TOKEN_ID = 3
@@ -53,13 +55,16 @@ def make(count: int, lengths: Lengths, *, vocab_size: int, seed: int = 1) -> lis
     """`count` requests that all arrive at once, with random token ids below `vocab_size`."""
     if vocab_size <= FIRST_TOKEN_ID:
         raise ValueError(f"vocab_size must be above {FIRST_TOKEN_ID}, got {vocab_size}")
+    return list(islice(stream(lengths, vocab_size=vocab_size, seed=seed), count))
+
+
+def stream(lengths: Lengths, *, vocab_size: int, seed: int = 1) -> Iterator[Item]:
+    """Requests without end, the first of which are those of `make`."""
     rng = random.Random(seed)
-    items = []
-    for _ in range(count):
+    while True:
         num_prompt, num_output = rng.randint(*lengths.prompt), rng.randint(*lengths.output)
         prompt = tuple(rng.randrange(FIRST_TOKEN_ID, vocab_size) for _ in range(num_prompt))
-        items.append(Item(prompt, num_output))
-    return items
+        yield Item(prompt, num_output)
 
 
 def poisson(items: list[Item], rate: float, *, seed: int = 1) -> list[Item]:

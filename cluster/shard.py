@@ -10,6 +10,7 @@ import random
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -38,6 +39,10 @@ class RankRunner(Protocol):
     @property
     def memory(self) -> PageMemory:
         """This rank's pages."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds, in all, that `run` has waited for what the stage before makes."""
 
     def run(self, batch: Batch) -> StepOutput | None:
         """Runs a batch with all other ranks; the output, at the rank that answers."""
@@ -117,13 +122,18 @@ class ShardActor:
 
 def serve(channel: RankChannel, runner: RankRunner) -> NoReturn:
     """Runs what comes, in order. Raises what the runner raises, and WireError."""
+    waited_s = 0.0
     while True:
+        began = time.perf_counter()
         message = channel.receive()
+        waited_s += time.perf_counter() - began
         if not isinstance(message, Batch):
             raise WireError(f"the group sent a {type(message).__name__}")
         output = runner.run(message)
         if output is not None:
             channel.send(output)
+        # In this order: whoever reads how many are finished has the time up to the latest of them.
+        channel.waited_s = waited_s + runner.waited_s
         channel.finished += 1
 
 

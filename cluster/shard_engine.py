@@ -46,7 +46,7 @@ def build_sharded_engine(
     path = resolve_model(config.model, config.revision)
     spec = load_spec(path)
     check_degrees(spec, parallel)
-    places = places_of(parallel, spec.layers)
+    places = places_of(parallel, spec)
     group = ShardGroup(GroupOrder(name, config, parallel, places, load, each, prepare, make_tier))
     engine = engine_over(group, config, path)
     logger.info(

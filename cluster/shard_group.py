@@ -149,6 +149,18 @@ class ShardGroup:
         channel = self._channel
         return None if channel is None or channel.loss is None else self._blame(channel.loss)
 
+    @property
+    def where(self) -> tuple[Whereabouts, ...]:
+        """By rank, the process that it is."""
+        return tuple(self._where)
+
+    @property
+    def waited_s(self) -> tuple[float, ...]:
+        """By rank, for how many seconds in all it had nothing to run, as of its latest beat: for want of a batch, or of
+        what the stage before makes of one. While there is work for all of them, these are the pipeline's bubbles."""
+        assert self._channel is not None
+        return self._channel.waited_s
+
     def submit(self, batch: Batch) -> None:
         """Raises ShardLost."""
         assert self._channel is not None

@@ -4,10 +4,14 @@ Learns from what iterations took, whatever else ran on the machine meanwhile. Kn
 """
 
 from engine.kv.costs import LEAST_TOKENS
-from engine.policy import unfelt_tokens
+from engine.policy import LEAST_CHUNK, unfelt_tokens
 
 _FORGET = 0.5
 """Weight of what was known when an iteration comes: neighbours on the same cores come and go within a few."""
+_SHORT_S = 0.02
+"""Of prompts in an iteration, not worth to be cut any shorter."""
+_LEAST_BESIDE = 32
+"""Tokens that cost little more than reading the weights, which the decodes beside them do anyway."""
 
 
 class Pace:
@@ -25,6 +29,12 @@ class Pace:
         latest = seconds / tokens
         known = latest if self._token_seconds is None else self._token_seconds
         self._token_seconds = _FORGET * known + (1 - _FORGET) * latest
+
+    def least_tokens(self) -> int:
+        """Of a prompt, beside streams that decode: fewer would make it wait and spare nobody anything."""
+        if not self._token_seconds:
+            return LEAST_CHUNK
+        return max(_LEAST_BESIDE, int(_SHORT_S / self._token_seconds))
 
     def tokens(self, most: int) -> int:
         """Of a prompt, beside streams that decode; `most` until anything is known."""

@@ -6,8 +6,13 @@ Applies `engine.policy` to sequences; a lone batch takes all there is. Changes n
 from collections.abc import Iterable, Iterator
 
 from engine.batching import Chunk
-from engine.policy import batch_share, chunk_tokens, prompt_share
+from engine.policy import batch_share, chunk_tokens, prompt_share, spread_share
 from engine.sequence import Sequence
+
+_SPREAD = 8
+"""Batches, for each of those in flight, over which prompts are spread. With 2 stages and as many tokens read as written
+these wait for a tenth of the time, and for a quarter of it where prompts are not spread; the more batches, the later is
+the first token."""
 
 
 class Parts:
@@ -24,9 +29,17 @@ class Parts:
             return len(running)
         return batch_share(sum(sequence.num_remaining <= 1 for sequence in running), self._depth)
 
-    def prompt_tokens(self, running: Iterable[Sequence], waiting: Iterable[Sequence], budget: int) -> int:
-        """Tokens of prompts in the next batch, at most."""
-        return budget if self._depth == 1 else prompt_share(_prompts(running, waiting), self._depth, budget)
+    def prompt_tokens(
+        self, running: Iterable[Sequence], waiting: Iterable[Sequence], budget: int, least_beside: int | None
+    ) -> int:
+        """Tokens of prompts in the next batch, at most. `waiting` are those for whom there is a place; `least_beside`
+        is how many there are to be beside decodes, None where nobody decodes or prompts come first."""
+        if self._depth == 1:
+            return budget
+        prompts = _prompts(running, waiting)
+        if least_beside is None:
+            return prompt_share(prompts, self._depth, budget)
+        return spread_share(prompts, _SPREAD * self._depth, least_beside, budget)
 
     def add(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
         """Adds the sequence's next chunk, and returns its tokens; 0 if the batch after this one is to have it.

@@ -93,6 +93,16 @@ def prompt_share(prompts: Iterable[int], depth: int, budget: int) -> int:
     return min(budget, max(LEAST_CHUNK, -(-total // parts)))
 
 
+def spread_share(prompts: Iterable[int], batches: int, least: int, budget: int) -> int:
+    """Tokens of prompts in a batch of decodes, of sequences that have so many left to run and could run now: what is
+    left of all of them, spread over so many batches, but `least` at least.
+
+    A stage of a pipeline waits for the difference between two batches that follow each other. Spread, prompts that come
+    now and then make batches that change little by little, in place of a long one here and there.
+    """
+    return min(budget, max(least, -(-sum(prompts) // batches)))
+
+
 def unfelt_tokens(most: int, token_seconds: float, max_stall_s: float) -> int:
     """Tokens of prompts in an iteration that streams wait for: `most`, halved until they take no longer than allowed.
 

@@ -9,6 +9,7 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from operator import attrgetter
 
 from engine.batch import Batch, StepOutput, TokenLogprob
@@ -202,7 +203,9 @@ class Scheduler:
         most = self._config.max_batch_tokens
         waited_for = num_decodes or self._returning
         budget = min(most - num_decodes, self._pace.tokens(most)) if waited_for else most
-        return self._parts.prompt_tokens(self.running, self.waiting, budget)
+        places = islice(self.waiting, self._config.max_sequences - len(self.running))
+        least = self._pace.least_tokens() if num_decodes and not self._returning else None
+        return self._parts.prompt_tokens(self.running, places, budget, least)
 
     def _prefill_running(self, chunks: list[Chunk], budget: int) -> int:
         """Spends the budget on running sequences, in order; returns what is left for others.

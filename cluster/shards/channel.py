@@ -75,6 +75,11 @@ class GroupChannel:
         """Batches that each rank has finished, as far as is known."""
         return self._watch.finished
 
+    @property
+    def waited_s(self) -> tuple[float, ...]:
+        """Seconds, in all, that each rank had nothing to run, as far as is known."""
+        return self._watch.waited_s
+
     def arm(self) -> None:
         """Returns once each rank is connected; from then on one that is silent is lost. Raises ChannelClosed.
 
@@ -170,8 +175,8 @@ class GroupChannel:
             while True:
                 try:
                     match decode(socket.recv(zmq.NOBLOCK)):
-                        case Beat(finished):
-                            self._watch.beat(rank, finished)
+                        case Beat(finished, waited_s):
+                            self._watch.beat(rank, finished, waited_s)
                         case Fault(reason, is_victim):
                             self._watch.fault(rank, reason, is_victim=is_victim)
                         case other:
@@ -218,9 +223,11 @@ class RankChannel:
         if not self._work.poll(_milliseconds(CONNECT_TIMEOUT_S), zmq.POLLOUT):
             self._context.destroy()
             raise ConnectionError(f"rank {door.rank} does not reach its group at {door.work}")
-        self.send(Beat(0))
+        self.send(Beat(0, 0.0))
         self.finished = 0
-        """Batches that were run: told with each beat."""
+        """Batches that were run: told with each beat, as is `waited_s`."""
+        self.waited_s = 0.0
+        """Seconds, in all, that this rank had nothing to run, up to the latest batch that it finished."""
         self._fault: Fault | None = None
         self._closing = False
         self._bell = os.eventfd(0, os.EFD_NONBLOCK)
@@ -269,7 +276,7 @@ class RankChannel:
         while not self._closing:
             if self._clock() >= beat_at:
                 beat_at = self._clock() + BEAT_S
-                _try_send(socket, Beat(self.finished))
+                _try_send(socket, Beat(self.finished, self.waited_s))
             if self._fault is not None and not said:
                 said = _try_send(socket, self._fault)
             ready = dict(poller.poll(_milliseconds(beat_at - self._clock())))

@@ -38,6 +38,7 @@ class Watch:
         self._heard: dict[int, float] = {}
         """Ranks that are to be heard, with when they last were."""
         self._finished = [0] * ranks
+        self._waited_s = [0.0] * ranks
         self._faults: dict[int, str] = {}
         self._gone: dict[int, str] = {}
         """Both in the order in which they came."""
@@ -51,12 +52,18 @@ class Watch:
         """Batches that each rank has finished, by its latest beat."""
         return tuple(self._finished)
 
+    @property
+    def waited_s(self) -> tuple[float, ...]:
+        """Seconds that each rank had nothing to run, by its latest beat."""
+        return tuple(self._waited_s)
+
     def arm(self) -> None:
         """From now on each rank is to be heard: until then, it may be too busy loading."""
         self._heard = dict.fromkeys(range(len(self._finished)), self._clock())
 
-    def beat(self, rank: int, finished: int) -> None:
+    def beat(self, rank: int, finished: int, waited_s: float) -> None:
         self._finished[rank] = finished
+        self._waited_s[rank] = waited_s
         if rank in self._heard:
             self._heard[rank] = self._clock()
 

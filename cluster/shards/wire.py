@@ -38,6 +38,8 @@ class Beat:
     """Rank: it lives, and has finished so many batches since its start."""
 
     finished: int
+    waited_s: float
+    """Seconds for which it had none to run, or not yet what the stage before makes of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,8 @@ def encode(message: Message) -> bytes:
             content = [0, *_batch_fields(message)]
         case StepOutput():
             content = [1, *_output_fields(message)]
-        case Beat(finished):
-            content = [2, finished]
+        case Beat(finished, waited_s):
+            content = [2, finished, float(waited_s)]
         case Fault(reason, is_victim):
             content = [3, reason[:MAX_TEXT], is_victim]
         case Alive():
@@ -251,7 +253,7 @@ def _read_logprob(fields: Any) -> TokenLogprob:
 _KINDS: tuple[Kind[Message], ...] = (
     ("Batch", 14, _read_batch),
     ("StepOutput", 6, _read_output),
-    ("Beat", 1, lambda finished: Beat(whole(finished))),
+    ("Beat", 2, lambda finished, waited_s: Beat(whole(finished), real(waited_s))),
     ("Fault", 2, lambda reason, is_victim: Fault(text(reason), truth(is_victim))),
     ("Alive", 0, Alive),
 )

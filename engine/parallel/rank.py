@@ -6,6 +6,7 @@ ends all of them when one is lost.
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,13 +51,15 @@ class RankRunner:
         """`receive` brings what the stage before makes, `behind` is the stage that goes on; None: there is none."""
         self.memory = memory
         """The pages of this rank."""
+        self.waited_s = 0.0
+        """Seconds, in all, for which this stage has waited in `run` for what the one before makes."""
         self._forward = forward
         self._page_tokens = page_tokens
         self._answers = answers
         self._group = group
-        self._receive = receive
+        self._receive = None if receive is None else partial(self._wait_for, receive)
         self._behind = behind
-        self._last = Runner(forward, page_tokens, draws, receive)
+        self._last = Runner(forward, page_tokens, draws, self._receive)
 
     def run(self, batch: Batch) -> StepOutput | None:
         """Returns what was drawn on the rank that answers. Raises RanksLost; the runner is of no use then."""
@@ -78,6 +81,12 @@ class RankRunner:
         behind.send(hidden)
         # The batch's pages are copied and given away once its tokens are drawn, and no earlier.
         self._forward.wait()
+
+    def _wait_for(self, receive: Receive, tokens: int) -> torch.Tensor:
+        began = time.perf_counter()
+        hidden = receive(tokens)
+        self.waited_s += time.perf_counter() - began
+        return hidden
 
     def _check(self) -> None:
         if self._group is not None:

@@ -122,6 +122,21 @@ def test_a_group_computes_what_one_rank_would(server: Server, tensor: int, pipel
     ends(server, ranks)
 
 
+def test_ranks_say_for_how_long_they_had_nothing_to_run(server: Server) -> None:
+    ranks = server.start(pipeline=2)
+
+    def waited_after(pause_s: float) -> float:
+        """What the rank that waited least did, once all have told how they ran a prompt after this pause."""
+        _, before = server.ask("waited")
+        server.ask("generate", prompts=[[5, 6, 7]], max_tokens=1, pause_s=pause_s)
+        until(lambda: min(map(int.__sub__, server.ask("waited")[1], before)) >= 1)
+        return float(min(server.ask("waited")[0]))
+
+    first = waited_after(0.0)
+    assert 1.0 <= waited_after(1.0) - first < 5.0
+    ends(server, ranks)
+
+
 def test_stages_are_on_nodes_of_their_own_and_the_ranks_of_one_share_theirs(server: Server) -> None:
     ranks = server.start(name="app:r1", tensor=2, pipeline=2)
     first, _, second, _ = ranks.nodes

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import Batch
+from engine.pace import Pace
+from engine.policy import LEAST_CHUNK
 from tests.engine.fakes import run_to_end
 from tests.engine.rig import Rig, expected, request
 
@@ -56,6 +58,34 @@ def test_only_the_first_prompt_of_a_batch_is_cut() -> None:
     first, second = rig.runner.batches
     assert first.sequence_ids != second.sequence_ids
     assert [first.num_tokens, second.num_tokens] == [250, 250]
+
+
+def test_a_prompt_that_comes_to_streams_is_spread_over_their_batches() -> None:
+    """So that no stage waits for one long batch; without streams, or one batch at a time, it runs at once."""
+    rig = Rig(num_pages=2000, page_tokens=4, max_sequences=40, max_batch_tokens=1024, depth=2, token_seconds=0.005)
+    for index in range(32):
+        rig.engine.add(request(str(index), [index, 1, 2], max_tokens=100))
+    while rig.scheduler.waiting or any(sequence.num_remaining > 1 for sequence in rig.scheduler.running):
+        rig.step()
+    before = len(rig.runner.batches)
+    rig.engine.add(request("long", [7] * 600, max_tokens=1))
+    while "long" in rig.scheduler._sequences:
+        rig.step()
+    sizes = [batch.num_tokens for batch in rig.runner.batches[before:]]
+    # A sixteenth of what is left of it each time, and not less than is worth the while; every other batch is without.
+    assert max(sizes) == 16 + -(-600 // 16)
+    chunks = [size - 16 for size in sizes if size > 17]
+    assert sum(chunks) == 600 and min(chunks[:-1]) == 32
+    run_to_end(rig.engine, rig.streams)
+    rig.check_nothing_left()
+
+
+def test_what_is_quick_is_not_cut_short() -> None:
+    pace = Pace(0.25)
+    assert pace.least_tokens() == LEAST_CHUNK
+    for _ in range(20):
+        pace.observe(1000, 0.05)
+    assert pace.least_tokens() == pytest.approx(400, abs=1)
 
 
 @settings(deadline=None)

@@ -14,6 +14,7 @@ from engine.policy import (
     choose_victim,
     chunk_tokens,
     prompt_share,
+    spread_share,
     unfelt_tokens,
 )
 from engine.sampling_params import SamplingParams
@@ -87,6 +88,22 @@ def test_prompts_are_shared_among_the_batches_in_flight(prompts: list[int], dept
     share = prompt_share(prompts, depth, budget)
     assert min(budget, LEAST_CHUNK) <= share <= budget
     assert share == budget or share * min(depth, max(1, len(prompts))) >= min(sum(prompts), budget * depth)
+
+
+@settings(deadline=None)
+@given(
+    prompts=st.lists(st.integers(2, 500), max_size=20),
+    batches=st.integers(1, 20),
+    least=st.integers(1, 200),
+    budget=st.integers(1, 2000),
+)
+def test_prompts_beside_decodes_are_spread_over_as_many_batches_as_are_given(
+    prompts: list[int], batches: int, least: int, budget: int
+) -> None:
+    share = spread_share(prompts, batches, least, budget)
+    assert min(least, budget) <= share <= budget
+    assert share == budget or share * batches >= sum(prompts)
+    assert share <= least or (share - 1) * batches < sum(prompts)
 
 
 def test_a_lone_prompt_is_not_cut_finer_and_two_are_run_by_turns() -> None:

@@ -105,6 +105,7 @@ def letter(token: int) -> int:
 
 class FakeRunner:
     def __init__(self, place: Place, num_pages: int, total: Sum, trouble: Trouble, *, letters: bool) -> None:
+        self.waited_s = 0.0
         self._letters = letters
         self._place = place
         self._total = total

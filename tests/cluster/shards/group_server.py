@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Server:
         from cluster.shards.cut import places_of
         from deployments.sharded import make_rank_tier
         from engine.config import EngineConfig
+        from tests.cluster.planner.models import LLAMA2_7B
         from tests.cluster.shards.fake_ranks import load_fake
 
         config = ParallelConfig.model_validate(parallel)
@@ -51,7 +52,7 @@ class Server:
                 name,
                 EngineConfig(model=model),
                 config,
-                places_of(config, 8),
+                places_of(config, replace(LLAMA2_7B, layers=8)),
                 load_fake,
                 {"CPU": cpus},
                 make_tier=partial(make_rank_tier, APPLICATION, config.ranks, None) if kv_hosts else None,
@@ -106,6 +107,10 @@ class Server:
         """Whether pages overflow to the hosts of all nodes."""
         self._group.tier.poll(0.1)
         return self._group.tier.host() > 0
+
+    def waited(self) -> Any:
+        """For how long each rank had nothing to run, and how many batches it has finished."""
+        return [list(self._group.waited_s), list(self._group._channel.finished)]
 
     def failure(self) -> Any:
         """What is known of a loss without anything being asked of the ranks."""

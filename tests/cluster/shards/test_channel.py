@@ -121,6 +121,13 @@ def test_beats_tell_how_far_a_rank_is(rig: Rig) -> None:
     until(lambda: group.finished == (0, 12))
 
 
+def test_beats_tell_for_how_long_a_rank_had_nothing_to_run(rig: Rig) -> None:
+    group, ranks = rig.joined(True, True)
+    assert group.waited_s == (0.0, 0.0)
+    ranks[0].waited_s = 2.5
+    until(lambda: group.waited_s == (2.5, 0.0))
+
+
 def test_a_fault_ends_whoever_waits_with_its_reason(rig: Rig) -> None:
     group, ranks = rig.joined(True, True)
     threading.Timer(0.1, lambda: ranks[1].fault("no memory")).start()
@@ -151,10 +158,10 @@ def test_a_process_that_is_gone_is_lost_at_once_though_nobody_waits(rig: Rig) ->
 
 def test_what_had_arrived_before_a_loss_is_still_received(rig: Rig) -> None:
     group, ranks = rig.joined(True, True)
-    ranks[0].send(Beat(1))
+    ranks[0].send(Beat(1, 0.5))
     group.gone(1, "killed")
     until(lambda: group.loss is not None)
-    assert group.receive() == Beat(1)
+    assert group.receive() == Beat(1, 0.5)
     with pytest.raises(ChannelClosed):
         group.receive()
 

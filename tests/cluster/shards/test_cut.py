@@ -1,5 +1,6 @@
 """How a model is cut into ranks: every layer is somewhere, once, and no rank is asked for more than it has room for."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ParallelConfig
-from cluster.shards.cut import check_degrees, places_of, plan_group
+from cluster.shards.cut import DRAWN_SHARE, check_degrees, head_in_layers, places_of, plan_group
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.parallel.place import Place, RankFacts
@@ -18,17 +19,37 @@ FACTS = RankFacts(100, 16, 16 * 512, 10**6, 2048, 1000, (2,), b"x")
 
 
 @settings(deadline=None)
-@given(tensor=st.integers(1, 4), stages=st.integers(1, 8), more=st.integers(0, 30))
-def test_every_layer_is_in_one_stage_and_stages_are_alike(tensor: int, stages: int, more: int) -> None:
+@given(tensor=st.integers(1, 4), stages=st.integers(1, 8), more=st.integers(0, 30), vocabulary=st.integers(1, 300_000))
+def test_every_layer_is_in_one_stage_and_no_cut_has_a_faster_slowest_one(
+    tensor: int, stages: int, more: int, vocabulary: int
+) -> None:
     layers = stages + more
-    places = places_of(ParallelConfig(tensor=tensor, pipeline=stages), layers)
+    spec = replace(models.LLAMA2_7B, layers=layers, vocab_size=vocabulary)
+    places = places_of(ParallelConfig(tensor=tensor, pipeline=stages), spec)
     assert [place.rank for place in places] == list(range(tensor * stages))
     assert [place.answers for place in places] == [rank == (stages - 1) * tensor for rank in range(tensor * stages)]
     assert all(place.world == len(places) for place in places)
     for rank in range(tensor):
         parts = [place.layers for place in places if place.tensor.rank == rank]
         assert [layer for part in parts for layer in part] == list(range(layers))
-        assert len(parts[0]) - 1 <= len(parts[-1]) <= min(map(len, parts))
+    besides = [0.0] * (stages - 1) + [DRAWN_SHARE * head_in_layers(spec)]
+    slowest = max(len(part) + more for part, more in zip(parts, besides, strict=True))
+    # As many layers as each stage could have and be faster than that: too few, or not even one.
+    faster = [math.ceil(slowest - more - 1e-9) - 1 for more in besides]
+    assert min(faster) < 1 or sum(faster) < layers
+
+
+def test_the_head_takes_the_place_of_as_many_layers_as_take_as_long() -> None:
+    """Llama-3.2-1B's: 128,256 rows beside layers of 61 million parameters, of half of the tokens."""
+    spec = replace(models.LLAMA3_70B, hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, intermediate=8192)
+    assert head_in_layers(spec) == pytest.approx(4.32, abs=0.01)
+    places = places_of(ParallelConfig(pipeline=2), spec)
+    assert [len(place.layers) for place in places] == [9, 7]
+
+
+def test_of_a_mixture_those_experts_count_that_a_token_goes_through() -> None:
+    dense = head_in_layers(replace(models.LLAMA2_7B, intermediate=2 * 14336, kv_heads=8))
+    assert head_in_layers(models.MIXTRAL_8X7B) == pytest.approx(dense, rel=0.001)
 
 
 def test_a_place_that_cannot_be_is_refused() -> None:

@@ -20,7 +20,7 @@ class Group:
         began = self.now
         while self.now - began <= seconds:
             for rank in set(range(self.ranks)) - self.stopped:
-                self.watch.beat(rank, 7)
+                self.watch.beat(rank, 7, 0.5)
             if (loss := self.watch.verdict()) is not None:
                 return loss, self.now - began
             self.now += BEAT_S / 5

@@ -36,7 +36,7 @@ def test_an_output_arrives_as_it_was_sent(output: StepOutput) -> None:
     assert decode(encode(output)) == output
 
 
-@pytest.mark.parametrize("message", [Beat(0), Beat(2**40), Fault("no such file"), Fault("", True), Alive()])
+@pytest.mark.parametrize("message", [Beat(0, 0.0), Beat(2**40, 1.5e9), Fault("x"), Fault("", True), Alive()])
 def test_what_is_said_beside_the_work_arrives(message: wire.Message) -> None:
     assert decode(encode(message)) == message
 

@@ -42,6 +42,8 @@ def serve(pipe: Connection) -> None:
                 runner, answer = rank.start(*arguments), None
             elif verb == "run":
                 answer = runner.run(*arguments)
+            elif verb == "waited":
+                answer = runner.waited_s
             elif verb == "close":
                 if runner is not None:
                     runner.close()

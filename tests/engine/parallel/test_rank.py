@@ -291,6 +291,26 @@ def test_a_stage_goes_on_while_the_next_one_is_behind(
     ranks.close()
 
 
+def test_a_stage_tells_for_how_long_it_waited_for_the_one_before(
+    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    path = model_of("neox")
+    driver = Driver(path, "C")
+    batch = driver.batch([(driver.start(random_tokens(7)), 7)])
+    ranks = load(config_of(path), Cut(1, 2))
+    ranks.start(160)
+    first, second = ranks.processes
+    second.send("run", batch)
+    time.sleep(0.5)
+    first.send("run", batch)
+    first.answer(), second.answer()
+    for process in ranks.processes:
+        process.send("waited")
+    assert first.answer() == 0.0
+    assert 0.4 < second.answer() < 10.0
+    ranks.close()
+
+
 def test_results_do_not_depend_on_chunks_where_that_is_asked_for(
     model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
 ) -> None:
