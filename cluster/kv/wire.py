@@ -6,9 +6,9 @@ is for the receiver to check.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 
@@ -25,6 +25,7 @@ MAX_TEXT = 4096
 MAX_PARTS = 65_536
 _LENGTH = struct.Struct("<I")
 PREFIX_BYTES = _LENGTH.size
+K = TypeVar("K")
 
 
 class WireError(Exception):
@@ -224,8 +225,8 @@ def body_length(prefix: bytes) -> int:
     return length
 
 
-def decode(body: bytes) -> Message:
-    """The message of a frame's body. Raises WireError for anything that `encode` does not write."""
+def open_message(body: bytes, kinds: Sequence[K]) -> tuple[K, list[Any]]:
+    """What stands among `kinds` in the place that is a message's kind, and its fields, unchecked. Raises WireError."""
     try:
         content = msgpack.unpackb(body)
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
@@ -233,9 +234,14 @@ def decode(body: bytes) -> Message:
     if type(content) is not list or not content:
         raise WireError(f"expected an array of a kind and its fields, got {content!r:.40}")
     kind, *values = content
-    if type(kind) is not int or not 0 <= kind < len(_KINDS):
+    if type(kind) is not int or not 0 <= kind < len(kinds):
         raise WireError(f"there is no message of kind {kind!r:.40}")
-    message, checks = _KINDS[kind]
+    return kinds[kind], values
+
+
+def decode(body: bytes) -> Message:
+    """The message of a frame's body. Raises WireError for anything that `encode` does not write."""
+    (message, checks), values = open_message(body, _KINDS)
     if len(values) != len(checks):
         raise WireError(f"{message.__name__} has {len(checks)} fields, got {len(values)}")
     try:

@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.kv.wire import WireError
+from cluster.kv.wire import WireError, open_message
 
 MAX_BYTES = 256 * 2**20
 """Of a message: 4,096 sequences with 16,384 pages each."""
@@ -40,16 +40,7 @@ def unpack(data: bytes, kinds: Sequence[Kind[M]]) -> M:
     """The message, by the kind that is its place among `kinds`. Raises WireError for anything that is not one."""
     if len(data) > MAX_BYTES:
         raise WireError(f"{len(data)} bytes; {MAX_BYTES} are the most of a message")
-    try:
-        content = msgpack.unpackb(data)
-    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-        raise WireError(f"not msgpack: {error}") from None
-    if type(content) is not list or not content:
-        raise WireError(f"expected an array of a kind and its fields, got {content!r:.40}")
-    kind, *values = content
-    if type(kind) is not int or not 0 <= kind < len(kinds):
-        raise WireError(f"there is no message of kind {kind!r:.40}")
-    name, count, read = kinds[kind]
+    (name, count, read), values = open_message(data, kinds)
     if len(values) != count:
         raise WireError(f"a {name} has {count} fields, got {len(values)}")
     try:
