@@ -12,7 +12,7 @@ import httpx
 
 from benchmarks import processes
 from benchmarks.start import is_ready, reachable, wait
-from deployments.private_ray import free_ports
+from cluster.ports import free_ports
 
 ANSWER_TIMEOUT_S = 180.0
 VICTIMS = {"replica": b":LLMReplica", "kv-host": b":KVHostActor", "gateway": b":Gateway", "rank": b":ShardActor"}

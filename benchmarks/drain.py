@@ -26,7 +26,8 @@ from benchmarks import machine, models
 from benchmarks.chaos_client import ask_all
 from benchmarks.chaos_streams import PROMPT, Answer, Kind
 from benchmarks.start import is_ready
-from deployments.private_ray import PrivateRay, free_ports
+from cluster.ports import free_ports
+from deployments.private_ray import PrivateRay
 
 NUM_REPLICAS = 2
 SETTLE_TIMEOUT_S = 300.0

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import processes
-from deployments.private_ray import free_ports
+from cluster.ports import free_ports
 
 TIMEOUT_SECONDS = 180.0
 _POLL_SECONDS = 0.05

@@ -6,9 +6,7 @@ gone. Ray places it and starts it; batches do not come through Ray. Knows no mod
 
 import logging
 import os
-import random
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import NoReturn, Protocol
 import ray
 
 from cluster.kv.wire import WireError
+from cluster.ports import free_ports
 from cluster.shards.channel import RankChannel
 from cluster.shards.door import Door
 from cluster.shards.tier import RankTier
@@ -28,9 +27,6 @@ from engine.kv.tier import PageMemory, TierFactory
 from engine.parallel.place import Place, RankFacts
 
 logger = logging.getLogger(__name__)
-
-_PORTS = range(20_000, 32_768)
-"""Those that neither Ray gives to its workers nor the kernel to whoever asks for any."""
 
 
 class RankRunner(Protocol):
@@ -88,7 +84,7 @@ class ShardActor:
     def whereabouts(self) -> Whereabouts:
         context = ray.get_runtime_context()
         address = ray.util.get_node_ip_address()
-        return Whereabouts(context.get_node_id(), address, os.getpid(), free_port(address))
+        return Whereabouts(context.get_node_id(), address, os.getpid(), free_ports(1, address)[0])
 
     def load(self, load: RankLoader, config: EngineConfig, place: Place, rendezvous: str, door: Door) -> RankFacts:
         """Loads the part of `place`. Raises ConnectionError, and what `load` raises."""
@@ -146,19 +142,6 @@ def reason_of(error: BaseException) -> str:
 def is_victim(error: BaseException) -> bool:
     """Whether it says that other ranks are lost."""
     return isinstance(error, RanksLost | ConnectionError)
-
-
-def free_port(address: str) -> int:
-    """A TCP port that nobody listens on at this address of the machine, and that nobody is given by chance."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for port in random.SystemRandom().sample(_PORTS, 200):
-        with socket.socket(family) as probe:
-            try:
-                probe.bind((address, port))
-            except OSError:
-                continue
-            return port
-    raise OSError(f"no free TCP port at {address} among 200 between {_PORTS.start} and {_PORTS.stop}")
 
 
 def _end(door: Door) -> None:

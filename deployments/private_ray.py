@@ -7,9 +7,7 @@ run Ray, not what runs on it. `ray` is imported only once the settings are in th
 import contextlib
 import logging
 import os
-import random
 import shutil
-import socket
 import tempfile
 import threading
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from typing import Any
 
 from cluster.kv.host_config import SHARED_MEMORY
 from cluster.kv.segment import remove_dead
+from cluster.ports import free_ports
 from deployments.logs import LOG_FILE_VARIABLE
 from deployments.processes import adopt_orphans, end_descendants
 from deployments.serve_settings import DRAIN, FAST_PATH, HANGING, NODE_FAILURE, QUIET
@@ -27,11 +26,6 @@ OBJECT_STORE_BYTES = 128 * 2**20
 SHUTDOWN_S = 8.0
 """How long Serve, and then Ray, may take to end by themselves before their processes are ended."""
 _TREE = Path(__file__).resolve().parents[1]
-_FIRST_PORT = 20000
-"""Ray gives the ports from 10002 to 19999 to its workers."""
-_EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_LINUX_FIRST_EPHEMERAL = 32768
-_MIN_CANDIDATES = 1000
 _MAX_TEMP_PATH = 30
 """Sockets below Ray's directory have paths of at most 107 characters, most of which Ray and HAProxy use themselves."""
 
@@ -146,33 +140,6 @@ def has_haproxy() -> bool:
         return bool(get_haproxy_binary())
     except (ImportError, OSError):
         return shutil.which("haproxy") is not None
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports of the loopback interface that nobody listens on, and that nobody is given by chance.
-
-    A port that the kernel hands out by itself would not stay free: between this call and the moment that HAProxy binds
-    it, Ray opens hundreds of sockets with ports of the kernel's choice.
-    """
-    candidates = list(range(_FIRST_PORT, _first_ephemeral_port()))
-    random.SystemRandom().shuffle(candidates)
-    found: list[int] = []
-    for port in candidates:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise RuntimeError(f"no {count} free TCP ports between {_FIRST_PORT} and {_first_ephemeral_port()}")
-
-
-def _first_ephemeral_port() -> int:
-    """The lowest port that the kernel gives to a socket that asked for none."""
-    try:
-        low = int(_EPHEMERAL_RANGE.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return _LINUX_FIRST_EPHEMERAL
-    return low if low >= _FIRST_PORT + _MIN_CANDIDATES else _LINUX_FIRST_EPHEMERAL
 
 
 def _within(seconds: float, action: Callable[[], object]) -> None:

@@ -175,12 +175,12 @@ def main(directory: str, *cpus: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from cluster.shard import free_port
+    from cluster.ports import free_ports
 
     first, *others = map(int, cpus)
     memory = {"object_store_memory": 100 * 2**20}
     # Whoever lists actors asks the dashboard.
-    dashboard = {"include_dashboard": True, "dashboard_port": free_port("127.0.0.1")}
+    dashboard = {"include_dashboard": True, "dashboard_port": free_ports(1)[0]}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": first, **dashboard, **memory})
     try:
         for count in others:

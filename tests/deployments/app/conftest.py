@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.private_ray import free_ports
+from cluster.ports import free_ports
 from deployments.text import TextModel
 from tests.deployments.app.application import Application
 from tests.deployments.fakes import write_fake_model

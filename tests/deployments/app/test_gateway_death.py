@@ -17,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from deployments.private_ray import free_ports
+from cluster.ports import free_ports
 from deployments.text import TextModel
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request

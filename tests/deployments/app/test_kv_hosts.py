@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deployments.private_ray import free_ports
+from cluster.ports import free_ports
 from tests.cluster.kv.talk import connected
 from tests.deployments.app.processes import below
 from tests.deployments.fakes import write_fake_model

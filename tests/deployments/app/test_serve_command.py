@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deployments.private_ray import free_ports
+from cluster.ports import free_ports
 from tests.compiled import compiled_library
 from tests.deployments.app.processes import below
 from tests.deployments.app.reconnecting import CREATED, Client

@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from deployments.private_ray import free_ports
+from cluster.ports import free_ports
 from deployments.text import TextModel
 from tests.cluster.shards.fake_ranks import letter
 from tests.deployments.app.application import Application, scenario

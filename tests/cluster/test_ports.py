@@ -1,11 +1,11 @@
-"""A private Ray's ports stay its own between being chosen and being bound."""
+"""Ports stay the chooser's own between being chosen and being bound."""
 
 import socket
 
 import pytest
 
-from deployments import private_ray
-from deployments.private_ray import free_ports
+from cluster import ports as chosen
+from cluster.ports import free_ports
 
 
 def test_free_ports_are_not_ones_that_the_kernel_gives_away() -> None:
@@ -21,8 +21,8 @@ def test_free_ports_are_not_ones_that_the_kernel_gives_away() -> None:
 
 def test_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = free_ports(1)
-    monkeypatch.setattr(private_ray, "_FIRST_PORT", first)
-    monkeypatch.setattr(private_ray, "_first_ephemeral_port", lambda: first + 2)
+    monkeypatch.setattr(chosen, "_FIRST_PORT", first)
+    monkeypatch.setattr(chosen, "_first_ephemeral_port", lambda: first + 2)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", first))
         assert free_ports(1) == [first + 1]
