@@ -18,25 +18,12 @@ from engine.parallel.slices import TensorRank
 from engine.quant.plan import is_layer_linear
 from engine.quant.quantize import quantize_int8
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
-from tests.engine.models.harness import CONFIGS, make_model
+from tests.engine.models.harness import CONFIGS
 from tests.engine.parallel.pool import Cut
 from tests.engine.quant import checkpoints
 from tests.engine.quant.checkpoints import PER_TOKEN, WEIGHTS_4, WEIGHTS_8, Recipe, awq, compressed, gptq, packed
 
 CUTS = [Cut(1), Cut(2), Cut(4), Cut(1, 2), Cut(2, 2)]
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            make_model(CONFIGS[name]).save_pretrained(made[name])
-        return made[name]
-
-    return get
 
 
 def parts_of(path: Path, cut: Cut, layers: int = 2, **form: object) -> Iterator[tuple[Place, LoadedModel]]:

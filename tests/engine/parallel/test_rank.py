@@ -21,7 +21,7 @@ from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 from tests.compiled import compiled_library
 from tests.engine.fakes import Streams, run_to_end
-from tests.engine.models.harness import CONFIGS, VOCAB, Driver, make_model, random_tokens
+from tests.engine.models.harness import CONFIGS, VOCAB, Driver, random_tokens
 from tests.engine.parallel.pool import Cut, Pool, Ranks, free_port
 from tests.engine.quant import checkpoints
 
@@ -35,19 +35,6 @@ projected embeddings, blocks of each kind, and a shared expert."""
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     compiled_library()
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            make_model(CONFIGS[name]).save_pretrained(made[name])
-        return made[name]
-
-    return get
 
 
 @pytest.fixture
