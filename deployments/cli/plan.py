@@ -27,8 +27,12 @@ def plan(
         typer.Option(help='"8x80GiB", "2*8x80GiB", "a=8x80GiB,b=4x40GiB". Default: this machine.'),
     ] = None,
     accelerator: Annotated[
-        str | None, typer.Option(help="a100, h100 or cpu. Default: h100; without --nodes, this machine's.")
-    ] = None,
+        str,
+        typer.Option(
+            help="auto (by the memory of --nodes; without, this machine's), h100, h200, a100, a100-40g, l40s, l4, a10, "
+            "rtx4090, cpu."
+        ),
+    ] = "auto",
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Ranks that share each layer.", rich_help_panel=_LAYOUT)
     ] = None,

@@ -7,10 +7,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cluster.planner.form import Form
+from cluster.planner.kinds import A100, CPU, H100
 from cluster.planner.layout import Layout, Plan, Problem, Wishes
 from cluster.planner.nodes import Node, parse_nodes
 from cluster.planner.plan import NoLayout, plan
-from cluster.planner.rates import A100, CPU, H100
 from cluster.planner.survey import take_stock
 from engine.models.spec import ExpertsSpec, ModelSpec
 from tests.cluster.planner.models import GPT3_175B, LLAMA2_7B, LLAMA3_70B, LLAMA31_405B, MIXTRAL_8X7B

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.planner.form import Form
-from cluster.planner.rates import A100, H100, Link
+from cluster.planner.kinds import A100, H100
+from cluster.planner.rates import Link
 from cluster.planner.shares import shares
 from cluster.planner.timing import (
     Clock,

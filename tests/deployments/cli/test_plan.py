@@ -144,7 +144,7 @@ def test_a_config_file_is_enough(llama2_7b: Path) -> None:
         (("--pipeline-parallel", 33), "33 stages need a layer each, and the model has 32"),
         (("--expert-parallel", 2), "the model has no experts"),
         (("--context", 8192), "the model is made for at most 4096"),
-        (("--accelerator", "tpu"), "--accelerator: 'tpu' is not one of a100, h100, cpu"),
+        (("--accelerator", "tpu"), "--accelerator: 'tpu' is not one of auto, h100, h200, a100"),
         (("--prefer", "speed"), "--prefer: 'speed' is not one of throughput, latency"),
         (("--dtype", "int3"), "--dtype: 'int3' is not one of auto"),
         (("--quantization-group", 48), "--quantization-group: 48 is not one of 32, 64, 128"),
