@@ -14,7 +14,7 @@ from cluster.planner.plan import NoLayout, plan
 from cluster.planner.survey import take_stock
 from cluster.planner.usual import usual_layers
 from engine.models.spec import ExpertsSpec, ModelSpec
-from tests.cluster.planner.models import GPT3_175B, LLAMA2_7B, LLAMA3_70B, LLAMA31_405B, MIXTRAL_8X7B
+from tests.cluster.planner.models import GPT3_175B, LLAMA2_7B, LLAMA3_70B, LLAMA31_405B, LLAMA32_1B, MIXTRAL_8X7B
 
 BF16 = Form("bfloat16")
 MIB = 2**20
@@ -126,6 +126,8 @@ def test_latency_is_not_bought_with_throughput_that_costs_none() -> None:
         (LLAMA3_70B, "2*8x24GiB", {"tensor": 8, "pipeline": 2}),
         (LLAMA31_405B, "2*8x80GiB", {"tensor": 8, "pipeline": 2}),
         (replace(LLAMA2_7B, vocab_size=128256, kv_heads=8), "4x80GiB", {"tensor": 1, "pipeline": 4}),
+        # A head as large as four layers, which decodes wait for longer than its arithmetic takes.
+        (LLAMA32_1B, "2x80GiB", {"tensor": 1, "pipeline": 2}),
     ],
 )
 def test_stages_have_the_layers_that_replicas_deal_out_by_themselves(

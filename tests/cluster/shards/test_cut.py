@@ -43,10 +43,9 @@ def test_every_layer_is_in_one_stage_and_no_cut_has_a_faster_slowest_one(
 
 
 def test_the_head_takes_the_place_of_as_many_layers_as_take_as_long() -> None:
-    """Llama-3.2-1B's: 128,256 rows beside layers of 61 million parameters, of half of the tokens."""
-    spec = replace(models.LLAMA3_70B, hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, intermediate=8192)
-    assert head_in_layers(spec) == pytest.approx(4.32, abs=0.01)
-    places = places_of(ParallelConfig(pipeline=2), spec)
+    """128,256 rows beside layers of 61 million parameters, of half of the tokens."""
+    assert head_in_layers(models.LLAMA32_1B) == pytest.approx(4.32, abs=0.01)
+    places = places_of(ParallelConfig(pipeline=2), models.LLAMA32_1B)
     assert [len(place.layers) for place in places] == [9, 7]
 
 
