@@ -38,6 +38,9 @@ class ParallelConfig(Config):
     """Stages of consecutive layers."""
     expert: int = Field(default=1, ge=1, le=MAX_DEGREE)
     """Groups of tensor ranks that the experts of a mixture are dealt out to; takes no ranks of its own."""
+    layers: tuple[Annotated[int, Field(ge=1)], ...] | Auto = "auto"
+    """Of each stage, in order; "auto" deals them out so that all stages have about as much arithmetic to do. What
+    `manta plan` prints leaves most room on the machines that it was told of."""
     depth: Annotated[int, Field(ge=1, le=2 * MAX_DEGREE)] | Auto = "auto"
     """Batches in flight; "auto" is one for each stage."""
     strategy: Strategy | Auto = "auto"
@@ -54,6 +57,8 @@ class ParallelConfig(Config):
     def _is_consistent(self) -> "ParallelConfig":
         if self.tensor % self.expert:
             raise ValueError(f"expert ({self.expert}) must divide tensor ({self.tensor}): experts lie on tensor ranks")
+        if self.layers != "auto" and len(self.layers) != self.pipeline:
+            raise ValueError(f"layers are given for {len(self.layers)} stages, and there are {self.pipeline}")
         if len(self.labels) not in (0, 1, self.pipeline):
             raise ValueError(f"labels are given for {len(self.labels)} stages, and there are {self.pipeline}")
         return self

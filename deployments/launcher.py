@@ -24,7 +24,7 @@ from deployments.config import AppConfig
 from deployments.model_check import check_model
 from deployments.private_ray import PrivateRay
 from engine.machine import available_cores
-from engine.models.directory import load_spec
+from engine.models.directory import channel_unit, load_spec
 from engine.models.source import BUILT_IN
 
 APPLICATION = "default"
@@ -59,7 +59,8 @@ def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
     exit code 130 when interrupted before it began.
     """
     config = _absolute(config)
-    check_degrees(load_spec(check_model(config.engine)), config.parallel)
+    path, engine = check_model(config.engine), config.engine
+    check_degrees(load_spec(path), config.parallel, channel_unit(path, engine.quantization, engine.quantization_group))
     check_port(options.host, options.port)
     ray = PrivateRay(num_cpus=available_cores(), dashboard=options.dashboard)
     watch = _Signals(ray.abandon)

@@ -61,6 +61,11 @@ class Wishes:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.batch_tokens < self.sequences:
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}; it must be at least sequences ({self.sequences}), for every one "
+                "decodes a token in a step"
+            )
         if self.context is not None and self.context < 2:
             raise ValueError(f"context is {self.context}; a prompt and an output of one token each are 2")
         if not 0 < self.memory_share <= 1:
@@ -126,11 +131,19 @@ class Plan:
     pages: int
     """Of a replica's pool: each rank has this many, of its layers and heads."""
     page_tokens: int
+    kv_memory: int
+    """Bytes of these pages on all ranks of a replica: what `kv.memory` must be for it to make as many."""
     context: int
     """See `Wishes.context`."""
     prediction: Prediction
     reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     rivals: tuple[Rival, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of each stage."""
+        return tuple(len(shard.layers) for shard in self.shards if shard.rank.rank == 0)
 
     @property
     def kv_tokens(self) -> int:

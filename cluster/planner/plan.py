@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cluster.planner.kinds import mismatches
 from cluster.planner.layout import Plan, Problem
 from cluster.planner.reasons import reasons
 from cluster.planner.refusal import NoLayout, check, refusal
@@ -30,4 +31,5 @@ def _explained(problem: Problem, plans: Sequence[Plan]) -> Plan:
         others.sort(key=lambda rival: -rival.tokens_per_second)
     else:
         others.sort(key=lambda rival: rival.lone_token_seconds)
-    return replace(taken, reasons=reasons(problem, taken), rivals=tuple(others[:_RIVALS]))
+    warnings = tuple(mismatches(problem.nodes, problem.accelerator))
+    return replace(taken, reasons=reasons(problem, taken), warnings=warnings, rivals=tuple(others[:_RIVALS]))

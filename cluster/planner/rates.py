@@ -1,16 +1,10 @@
-"""How fast accelerators compute, read and talk: what predictions divide by. Pure; owns the kinds known by name.
+"""How fast accelerators compute, read and talk: what predictions divide by. Pure.
 
-Rates are what kernels attain, not what a data sheet promises: its peaks are multiplied by the shares below.
+Rates are what kernels attain, not what a data sheet promises (`cluster.planner.kinds`).
 """
 
 from dataclasses import dataclass, replace
 from typing import Literal
-
-_COMPUTE_SHARE = 0.6
-"""Of a GPU's peak. Pope et al. (2022, table 2) reach 43 to 76 % in prefill, FasterTransformer's guide 27 to 46 %."""
-_MEMORY_SHARE = 0.8
-"""Of a GPU's peak, in a step of decodes; what is left out (launches, small kernels) is in it too."""
-_LINK_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +40,8 @@ class Accelerator:
     rates: Rates
     source: str
     """Where its rates come from."""
+    memory: int = 0
+    """Bytes that its data sheet gives it; 0 for a kind that has any."""
 
     @property
     def page_tokens(self) -> int:
@@ -59,46 +55,3 @@ class Accelerator:
 
     def with_rates(self, rates: Rates, source: str) -> "Accelerator":
         return replace(self, rates=rates, source=source)
-
-
-def _gpu(
-    name: str, *, flops: float, int8: float, memory: float, nvlink: float, network: float, source: str
-) -> Accelerator:
-    """From the peaks of a data sheet; links one way. The latencies are those of NCCL's small messages, rounded up."""
-    rates = Rates(
-        flops * _COMPUTE_SHARE,
-        int8 * _COMPUTE_SHARE,
-        memory * _MEMORY_SHARE,
-        Link(nvlink * _LINK_SHARE, 6e-6),
-        Link(network * _LINK_SHARE, 15e-6),
-    )
-    shares = f"{_COMPUTE_SHARE:.0%} of its arithmetic, {_MEMORY_SHARE:.0%} of its memory's and links' bandwidth"
-    return Accelerator(name, "cuda", rates, f"{source}; {shares}")
-
-
-A100 = _gpu(
-    "a100",
-    flops=312e12,
-    int8=624e12,
-    memory=2.039e12,
-    nvlink=300e9,
-    network=25e9,
-    source="NVIDIA A100 80 GB SXM data sheet; one 200 Gb/s link an accelerator, as in a DGX A100",
-)
-H100 = _gpu(
-    "h100",
-    flops=989.4e12,
-    int8=1978.9e12,
-    memory=3.35e12,
-    nvlink=450e9,
-    network=50e9,
-    source="NVIDIA H100 SXM data sheet, without sparsity; one 400 Gb/s link an accelerator, as in a DGX H100",
-)
-CPU = Accelerator(
-    "cpu",
-    "cpu",
-    Rates(839e9, 1.64e12, 40e9, Link(1.8e9, 100e-6), Link(1.2e9, 150e-6)),
-    "measured on 2 cores of an AMD EPYC with AVX-512: products of 128 rows, plain reads, TCP on one machine; 10 Gb/s "
-    "between nodes is assumed. Use --measure for this machine's",
-)
-ACCELERATORS = {kind.name: kind for kind in (A100, H100, CPU)}

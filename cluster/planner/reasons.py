@@ -2,7 +2,7 @@
 
 from cluster.planner.layout import Plan, Problem
 from cluster.planner.nodes import slots
-from cluster.planner.replica import gibibytes
+from cluster.planner.replica import gibibytes, pages_of
 from cluster.planner.shares import shares
 from cluster.planner.survey import USUAL_CONTEXT
 from engine.parallel.slices import key_heads
@@ -18,6 +18,7 @@ def reasons(problem: Problem, plan: Plan) -> tuple[str, ...]:
         _kv_heads(problem, plan),
         _replicas(problem, plan),
         _bound(plan),
+        _sequences(problem, plan),
         _context(problem, plan),
     ]
     return tuple(line for line in lines if line)
@@ -52,12 +53,11 @@ def _pipeline(problem: Problem, plan: Plan) -> str:
     stages = plan.layout.pipeline
     if stages == 1:
         return ""
-    counts = [len(shard.layers) for shard in plan.shards if shard.rank.rank == 0]
     nodes = len({shard.node for shard in plan.shards})
     where = f"over {nodes} nodes" if nodes > 1 else "inside a node"
     return (
-        f"PP{stages} {where}, layers {' + '.join(map(str, counts))}: the first stage has the embeddings besides, the "
-        f"last one the head; hidden states cross once a step, and {stages} batches are in flight"
+        f"PP{stages} {where}, layers {' + '.join(map(str, plan.layers))}: the first stage has the embeddings besides, "
+        f"the last one the head; hidden states cross once a step, and {stages} batches are in flight"
     )
 
 
@@ -104,6 +104,14 @@ def _bound(plan: Plan) -> str:
         f"values {_milliseconds(step.pages)}, arithmetic {_milliseconds(step.compute)}, communication "
         f"{_milliseconds(step.wire)}"
     )
+
+
+def _sequences(problem: Problem, plan: Plan) -> str:
+    if plan.sequences < problem.wishes.sequences:
+        return ""
+    room = plan.pages // pages_of(plan.context, plan.page_tokens)
+    more = f": its pages would hold {room:,}" if room > plan.sequences else ""
+    return f"{plan.sequences} sequences a replica, limited by --max-sequences{more}"
 
 
 def _context(problem: Problem, plan: Plan) -> str:

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cluster.planner.degrees import nearest
 from cluster.planner.layout import Layout, Plan, Problem, Wishes
 from cluster.planner.nodes import Node, describe
 from cluster.planner.replica import gibibytes
-from cluster.planner.survey import Survey, choose, contexts, size_of, take_stock
+from cluster.planner.survey import Survey, choose, contexts, take_stock
 from engine.quant.config import Scheme
 from engine.quant.plan import group_obstacle, kind_of
 
-_NEAREST = 3
 _MULTIPLES = (2, 4, 8, 16)
 _SMALLER_FORMS: tuple[Scheme, ...] = ("w8a8", "w4a16")
 
@@ -35,12 +35,12 @@ def check(problem: Problem) -> None:
 def refusal(problem: Problem, survey: Survey) -> NoLayout:
     """For a survey without plans. What the layout with most ranks lacks, all of them lack."""
     reason = (*survey.shortages[-1:], *survey.obstacles, "no layout")[0]
-    nearest = _nearest(problem)
-    works = f"nearest layouts that work: {', '.join(map(str, nearest))}" if nearest else _advice(problem)
+    works_here = _nearest(problem)
+    works = f"nearest layouts that work: {', '.join(map(str, works_here))}" if works_here else _advice(problem)
     number = problem.num_accelerators
     count = "there is 1 accelerator" if number == 1 else f"there are {number} accelerators"
     there = f"{count}, on {describe(problem.nodes)}"
-    return NoLayout(f"{_asked(problem.wishes)}{reason}; {there}; {works}", nearest)
+    return NoLayout(f"{_asked(problem.wishes)}{reason}; {there}; {works}", works_here)
 
 
 def _asked(wishes: Wishes) -> str:
@@ -75,8 +75,7 @@ def _nearest(problem: Problem) -> tuple[Layout, ...]:
         return ()
     wishes = problem.wishes
     asked = Layout(wishes.tensor or 1, wishes.pipeline or 1, wishes.expert or 1)
-    works = {plan.layout for plan in _plans(free)}
-    return tuple(sorted(works, key=lambda each: (asked.distance(each), size_of(each)))[:_NEAREST])
+    return nearest({plan.layout for plan in _plans(free)}, asked)
 
 
 def _advice(problem: Problem) -> str:

@@ -7,7 +7,8 @@ from cluster.planner.layout import Layout, Plan, Problem, Shard
 from cluster.planner.nodes import Slot
 from cluster.planner.shares import Share, shares
 from cluster.planner.stages import Layer, NoRoom, Room, split
-from cluster.planner.timing import Clock, StageShape, Step, Traffic, predict
+from cluster.planner.timing import Clock, StageShape, Traffic, busy_seconds, predict
+from cluster.planner.usual import usual_layers
 from cluster.planner.workspace import StepLimits, workspace_bytes
 from engine.parallel.slices import experts_of, key_heads, query_heads
 
@@ -64,12 +65,13 @@ def lay_out(cut: Cut, layout: Layout, slots: Sequence[Slot], context: int, repli
     At least one sequence of `context` tokens must fit, as the scheduler demands of a pool.
     """
     problem, page_tokens = cut.problem, cut.problem.accelerator.page_tokens
+    prompt = context // 2
+    traffic = Traffic(prompt, context - prompt, problem.wishes.batch_tokens)
     empty = _empty_stages(slots)
-    rooms, layer = _rooms(cut, empty, slots), _layer(cut, slots)
+    rooms, layer = _rooms(cut, empty, slots, traffic), _layer(cut, slots, traffic)
     needed, spare = pages_of(context, page_tokens), problem.accelerator.spare_pages
-    wanted = range(spare + needed, spare + problem.wishes.sequences * needed + 1)
     try:
-        counts = split(problem.spec.layers, rooms, layer, wanted).layers
+        counts = _deal(cut, rooms, layer, needed)
     except NoRoom:
         raise DoesNotFit(_shortage(cut, layout, slots, context)) from None
     stages = [replace(stage, layers=count) for stage, count in zip(empty, counts, strict=True)]
@@ -78,17 +80,29 @@ def lay_out(cut: Cut, layout: Layout, slots: Sequence[Slot], context: int, repli
         *(_pages(room, layer, count) - spare for room, count in zip(rooms, counts, strict=True)),
     )
     sequences = min(problem.wishes.sequences, pages // needed)
-    prompt = context // 2
-    traffic = Traffic(prompt, context - prompt, problem.wishes.batch_tokens)
     return Plan(
         layout=layout,
         replicas=replicas,
         shards=tuple(_shards(cut, stages, slots, pages + spare)),
         pages=pages,
         page_tokens=page_tokens,
+        kv_memory=pages * layout.tensor * problem.spec.layers * cut.page_bytes,
         context=context,
         prediction=predict(cut.clock, stages, sequences, traffic),
     )
+
+
+def _deal(cut: Cut, rooms: Sequence[Room], layer: Layer, needed: int) -> tuple[int, ...]:
+    """Layers of each stage, for sequences of `needed` pages: those of a replica that is told nothing, where no others
+    leave room for more sequences; else, of the others, those whose slowest stage is fastest. Raises NoRoom."""
+    spec, wishes, spare = cut.problem.spec, cut.problem.wishes, cut.problem.accelerator.spare_pages
+    wanted = range(spare + needed, spare + wishes.sequences * needed + 1)
+    sequences = (split(spec.layers, rooms, layer, wanted).pages - spare) // needed
+    enough = spare + sequences * needed
+    usual = usual_layers(spec, len(rooms))
+    if all(layer.most(room.memory, enough) >= count for room, count in zip(rooms, usual, strict=True)):
+        return usual
+    return split(spec.layers, rooms, layer, range(enough, enough + 1)).layers
 
 
 def pages_of(tokens: int, page_tokens: int) -> int:
@@ -108,27 +122,27 @@ def _empty_stages(slots: Sequence[Slot]) -> list[StageShape]:
     ]
 
 
-def _step(cut: Cut, num_stages: int) -> Step:
-    """The step by which stages are balanced: a batch of decodes."""
-    rows = max(1, cut.problem.wishes.sequences // num_stages)
-    return Step(rows, rows, 0.0)
+def _rows(cut: Cut, num_stages: int) -> int:
+    """Sequences of the decodes by which stages are balanced."""
+    return max(1, cut.problem.wishes.sequences // num_stages)
 
 
 def _usable(cut: Cut, slot: Slot) -> int:
     return int(slot.memory * cut.problem.wishes.memory_share)
 
 
-def _rooms(cut: Cut, stages: Sequence[StageShape], slots: Sequence[Slot]) -> list[Room]:
-    step = _step(cut, len(slots))
+def _rooms(cut: Cut, stages: Sequence[StageShape], slots: Sequence[Slot], traffic: Traffic) -> list[Room]:
+    rows = _rows(cut, len(slots))
     return [
-        Room(_usable(cut, slot) - cut.end_bytes(stage), cut.clock.stage(stage, step).total)
+        Room(_usable(cut, slot) - cut.end_bytes(stage), busy_seconds(cut.clock, stage, rows, traffic))
         for stage, slot in zip(stages, slots, strict=True)
     ]
 
 
-def _layer(cut: Cut, slots: Sequence[Slot]) -> Layer:
+def _layer(cut: Cut, slots: Sequence[Slot], traffic: Traffic) -> Layer:
     alone = StageShape(1, first=False, last=False, crosses=slots[0].crosses, next_is_near=True)
-    return Layer(cut.layer_bytes, cut.page_bytes, cut.clock.stage(alone, _step(cut, len(slots))).total)
+    seconds = busy_seconds(cut.clock, alone, _rows(cut, len(slots)), traffic)
+    return Layer(cut.layer_bytes, cut.page_bytes, seconds)
 
 
 def _pages(room: Room, layer: Layer, layers: int) -> int:

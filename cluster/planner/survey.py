@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from cluster.planner.degrees import expert_degrees, size_of, why_not
 from cluster.planner.layout import Layout, Plan, Preference, Problem
 from cluster.planner.nodes import Slot, slots
 from cluster.planner.replica import Cut, DoesNotFit, lay_out
@@ -31,7 +32,7 @@ class Survey:
 
     plans: tuple[Plan, ...]
     shortages: tuple[str, ...]
-    """Of the others, what those need that do not fit, fewest ranks first."""
+    """Of the others, what those need that do not fit, fewest ranks and, of as many, most whole experts first."""
     obstacles: tuple[str, ...]
     """And what rules the rest out."""
 
@@ -52,34 +53,32 @@ def contexts(problem: Problem) -> Iterator[int]:
 def take_stock(problem: Problem, context: int) -> Survey:
     """Every layout within the wishes, planned or refused."""
     plans: list[Plan] = []
-    shortages: list[tuple[int, str]] = []
+    shortages: list[tuple[Layout, str]] = []
     obstacles: list[str] = []
     cut = cache(lambda tensor, expert: Cut.of(problem, tensor, expert))
     for layout in _layouts(problem):
         try:
             plans += _place(problem, layout, context, cut)
         except DoesNotFit as failure:
-            shortages.append((layout.ranks, str(failure)))
+            shortages.append((layout, str(failure)))
         except Impossible as failure:
             obstacles.append(str(failure))
-    shortages.sort(key=lambda each: each[0])
+    shortages.sort(key=lambda each: (each[0].ranks, -each[0].expert))
     return Survey(tuple(plans), tuple(text for _, text in shortages), tuple(obstacles))
 
 
 def choose(plans: Sequence[Plan], prefer: Preference) -> Plan:
-    """The one with the smallest replicas of those that are nearly as good as the best."""
-    if prefer == "throughput":
-        most = max(plan.tokens_per_second for plan in plans)
-        near = [plan for plan in plans if plan.tokens_per_second >= (1 - NEARLY) * most]
-        return min(near, key=lambda plan: (*size_of(plan.layout), -plan.tokens_per_second))
-    fastest = min(plan.prediction.lone_token_seconds for plan in plans)
-    near = [plan for plan in plans if plan.prediction.lone_token_seconds <= (1 + NEARLY) * fastest]
-    return min(near, key=lambda plan: (*size_of(plan.layout), -plan.replicas))
+    """The one with the smallest replicas of those that are nearly as good as the best.
 
-
-def size_of(layout: Layout) -> tuple[int, int, int]:
-    """Fewer ranks first, then fewer stages, then experts that are whole rather than cut."""
-    return layout.ranks, layout.pipeline, -layout.expert
+    Where one stream's latency is preferred, only those nearly as fast as the fastest are compared: of these, too, one
+    that gives a fraction of the throughput is no bargain.
+    """
+    if prefer == "latency":
+        fastest = min(plan.prediction.lone_token_seconds for plan in plans)
+        plans = [plan for plan in plans if plan.prediction.lone_token_seconds <= (1 + NEARLY) * fastest]
+    most = max(plan.tokens_per_second for plan in plans)
+    near = [plan for plan in plans if plan.tokens_per_second >= (1 - NEARLY) * most]
+    return min(near, key=lambda plan: (*size_of(plan.layout), -plan.tokens_per_second))
 
 
 def _layouts(problem: Problem) -> Iterator[Layout]:
@@ -88,16 +87,9 @@ def _layouts(problem: Problem) -> Iterator[Layout]:
     largest = max(node.accelerators for node in problem.nodes)
     is_asked = wishes.tensor is not None or wishes.expert is not None
     for tensor in [wishes.tensor] if wishes.tensor else range(1, largest + 1):
-        for expert in [wishes.expert] if wishes.expert else _expert_degrees(problem, tensor):
+        for expert in [wishes.expert] if wishes.expert else expert_degrees(problem.spec, tensor):
             if is_asked or obstacle(problem.spec, tensor, expert, problem.form.unit) is None:
                 yield from (Layout(tensor, pipeline, expert) for pipeline in _pipeline_degrees(problem, tensor))
-
-
-def _expert_degrees(problem: Problem, tensor: int) -> Sequence[int]:
-    experts = problem.spec.experts
-    if experts is None:
-        return [1]
-    return [degree for degree in range(1, tensor + 1) if tensor % degree == 0 and experts.count % degree == 0]
 
 
 def _pipeline_degrees(problem: Problem, tensor: int) -> Sequence[int]:
@@ -142,10 +134,8 @@ def _last_of_each_kind(groups: Sequence[Sequence[Slot]]) -> list[int]:
 def _impossible(problem: Problem, layout: Layout) -> str | None:
     """What speaks against a layout before any byte is counted."""
     spec, replicas = problem.spec, problem.wishes.replicas or 1
-    if reason := obstacle(spec, layout.tensor, layout.expert, problem.form.unit):
+    if reason := why_not(spec, layout, problem.form.unit):
         return reason
-    if layout.pipeline > spec.layers:
-        return f"{layout.pipeline} stages need a layer each, and the model has {spec.layers}"
     for_all = "" if replicas == 1 else f" for {replicas} replicas"
     if layout.ranks * replicas > problem.num_accelerators:
         return f"it needs {layout.ranks * replicas} accelerators{for_all}"

@@ -9,6 +9,7 @@ arithmetic and communication is not counted, nor is the host's own work between 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.planner.experts import busiest_hit, busiest_load
 from cluster.planner.form import Form
 from cluster.planner.rates import Link, Rates
 from cluster.planner.shares import Part, Share
@@ -78,7 +79,7 @@ class Clock:
         """One step of one stage."""
         share, layers = self.share, stage.layers
         ends = (share.before if stage.first else Part()) + (share.after if stage.last else Part())
-        macs = step.tokens * (layers * (share.layer.macs + self._expert_macs()) + ends.macs)
+        macs = step.tokens * (layers * share.layer.macs + ends.macs) + layers * self._expert_macs(step.tokens)
         read = layers * (share.layer.read_bytes + self._expert_bytes(step.tokens)) + ends.read_bytes
         if stage.last:
             macs += step.sequences * share.head.macs
@@ -104,19 +105,21 @@ class Clock:
             return self.rates.int8_ops
         return self.rates.flops * (_FLOAT32_SHARE if self.form.dtype == "float32" else 1.0)
 
-    def _expert_macs(self) -> float:
-        """Of a token and a layer, if the router spreads tokens evenly."""
-        experts = self.spec.experts
-        return 0.0 if experts is None else self.share.layer.expert_macs * experts.per_token / experts.count
-
-    def _expert_bytes(self, tokens: int) -> float:
-        """Of the experts that a step reads on the busiest rank of a layer: those that any of its tokens goes to."""
-        experts = self.spec.experts
+    def _expert_macs(self, tokens: int) -> float:
+        """Of the experts of a layer, on the rank to which most of the tokens go."""
+        experts, groups = self.spec.experts, self.share.rank.expert
         if experts is None:
             return 0.0
-        held = experts.count // self.share.rank.expert
-        hit = held * (1 - (1 - experts.per_token / experts.count) ** tokens)
-        return self.share.layer.expert_bytes * max(1.0, hit) / held
+        load = busiest_load(experts.count, experts.per_token, groups, tokens)
+        return self.share.layer.expert_macs * load / (experts.count // groups)
+
+    def _expert_bytes(self, tokens: int) -> float:
+        """Of the experts of a layer that a step reads, on the rank that has most of those that any token goes to."""
+        experts, groups = self.spec.experts, self.share.rank.expert
+        if experts is None:
+            return 0.0
+        hit = busiest_hit(experts.count, experts.per_token, groups, tokens)
+        return self.share.layer.expert_bytes * hit / (experts.count // groups)
 
     def _wire(self, stage: StageShape, step: Step) -> float:
         """A block in which attention and MLP are added up together needs one sum, the others two."""
@@ -170,7 +173,7 @@ def predict(clock: Clock, stages: Sequence[StageShape], sequences: int, traffic:
     """A replica with all of its sequences decoding, and with one."""
     round_seconds, slowest = decode_round(clock, stages, sequences, traffic)
     alone, _ = decode_round(clock, stages, 1, traffic)
-    first_token, occupied = _prefill(clock, stages, traffic)
+    first_token, occupied = _prefill(clock, stages, traffic, sequences)
     whole = traffic.output * round_seconds + sequences * occupied
     return Prediction(
         sequences=sequences,
@@ -180,6 +183,13 @@ def predict(clock: Clock, stages: Sequence[StageShape], sequences: int, traffic:
         tokens_per_second=sequences * traffic.output / whole,
         slowest=slowest,
     )
+
+
+def busy_seconds(clock: Clock, stage: StageShape, rows: int, traffic: Traffic) -> float:
+    """How long one sequence of many keeps a stage busy, prompt and output, in decodes of so many sequences."""
+    decode = clock.stage(stage, Step(rows, rows, traffic.prompt + traffic.output / 2)).total
+    chunk = Step(min(traffic.prompt, traffic.batch_tokens), 1, traffic.prompt / 2)
+    return traffic.output * decode / rows + traffic.chunks * clock.stage(stage, chunk).total
 
 
 def decode_round(
@@ -201,12 +211,17 @@ def decode_round(
     return max(through, batches * busiest), slowest
 
 
-def _prefill(clock: Clock, stages: Sequence[StageShape], traffic: Traffic) -> tuple[float, float]:
-    """Seconds of a prompt through an idle pipeline, chunk after chunk, and how long it keeps the slowest stage."""
+def _prefill(clock: Clock, stages: Sequence[StageShape], traffic: Traffic, sequences: int) -> tuple[float, float]:
+    """Seconds of a lone prompt, and how long each takes where there are so many sequences.
+
+    The next chunk of a prompt starts when the last one is back: a sequence is in one batch at a time. Only the prompts
+    of several fill the stages, which then take no longer than the slowest of them.
+    """
     step = Step(min(traffic.prompt, traffic.batch_tokens), 1, traffic.prompt / 2)
     hops = [clock.hop(stage, step) if len(stages) > 1 else 0.0 for stage in stages]
     each = [clock.stage(stage, step).total + hop for stage, hop in zip(stages, hops, strict=True)]
-    return sum(each) + (traffic.chunks - 1) * max(each), traffic.chunks * max(each)
+    alone = traffic.chunks * sum(each)
+    return alone, max(alone / sequences, traffic.chunks * max(each))
 
 
 def visible(spec: ModelSpec, context: float) -> float:

@@ -3,19 +3,15 @@
 from itertools import accumulate, pairwise
 
 from cluster.config import ParallelConfig
-from cluster.planner.form import Form
-from cluster.planner.shares import shares
-from cluster.planner.stages import Layer, Room, split
+from cluster.planner.degrees import nearest_possible, why_not
+from cluster.planner.layout import Layout
+from cluster.planner.usual import usual_layers
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.models.spec import ModelSpec
 from engine.parallel.place import Place, RankFacts
-from engine.parallel.slices import TensorRank, obstacle
-
-DRAWN_SHARE = 0.5
-"""Of the tokens that go through the layers, those that go through the head: of a prompt it is the last one alone, and
-as many tokens are read as are written."""
+from engine.parallel.slices import TensorRank
 
 
 def plan_group(facts: list[RankFacts], config: EngineConfig) -> KVPlan:
@@ -31,31 +27,27 @@ def plan_group(facts: list[RankFacts], config: EngineConfig) -> KVPlan:
     )
 
 
-def check_degrees(spec: ModelSpec, parallel: ParallelConfig) -> None:
-    """Raises ModelError where the model cannot be cut so."""
-    reason = obstacle(spec, parallel.tensor, parallel.expert)
-    if reason is None and parallel.pipeline > spec.layers:
-        reason = f"{spec.layers} layers are too few for {parallel.pipeline} stages"
-    if reason is not None:
-        asked = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, expert {parallel.expert}"
-        raise ModelError(f"the model cannot be cut as asked ({asked}): {reason}")
+def check_degrees(spec: ModelSpec, parallel: ParallelConfig, unit: int = 1) -> None:
+    """Raises ModelError where the model cannot be cut so, with the nearest layouts that work.
+
+    `unit` input channels stay together when a layer is cut (`engine.models.directory.channel_unit`).
+    """
+    asked = Layout(parallel.tensor, parallel.pipeline, parallel.expert)
+    if reason := why_not(spec, asked, unit):
+        works = ", ".join(map(str, nearest_possible(spec, asked, unit)))
+        degrees = f"tensor {parallel.tensor}, pipeline {parallel.pipeline}, expert {parallel.expert}"
+        raise ModelError(f"the model cannot be cut as asked ({degrees}): {reason}; nearest layouts that work: {works}")
+    if parallel.layers != "auto" and sum(parallel.layers) != spec.layers:
+        sums = f"{' + '.join(map(str, parallel.layers))} are {sum(parallel.layers)}"
+        raise ModelError(f"parallel.layers: {sums} layers, and the model has {spec.layers}")
 
 
 def places_of(parallel: ParallelConfig, spec: ModelSpec) -> tuple[Place, ...]:
-    """By rank. Layers are dealt out so that all stages take equally long; where that does not go, the first ones have
-    one more."""
+    """By rank. Layers are dealt out as is asked for, else by `usual_layers`. `check_degrees` must have passed."""
     stages = parallel.pipeline
-    rooms = [Room(spec.layers, 0.0)] * (stages - 1) + [Room(spec.layers, DRAWN_SHARE * head_in_layers(spec))]
-    counts = split(spec.layers, rooms, Layer(weight_bytes=1, page_bytes=0, seconds=1.0), range(1)).layers
+    counts = usual_layers(spec, stages) if parallel.layers == "auto" else parallel.layers
     return tuple(
         Place(stage, stages, range(begin, end), TensorRank(rank, parallel.tensor, parallel.expert))
         for stage, (begin, end) in enumerate(pairwise(accumulate(counts, initial=0)))
         for rank in range(parallel.tensor)
     )
-
-
-def head_in_layers(spec: ModelSpec) -> float:
-    """How many layers take as long as the head does, for a token that goes through both."""
-    (share,) = shares(spec, Form("bfloat16"), 1, 1)
-    experts = 0.0 if spec.experts is None else share.layer.expert_macs * spec.experts.per_token / spec.experts.count
-    return share.head.macs / (share.layer.macs + experts)

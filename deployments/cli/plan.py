@@ -27,8 +27,12 @@ def plan(
         typer.Option(help='"8x80GiB", "2*8x80GiB", "a=8x80GiB,b=4x40GiB". Default: this machine.'),
     ] = None,
     accelerator: Annotated[
-        str | None, typer.Option(help="a100, h100 or cpu. Default: h100; without --nodes, this machine's.")
-    ] = None,
+        str,
+        typer.Option(
+            help="auto (by the memory of --nodes; without, this machine's), h100, h200, a100, a100-40g, l40s, l4, a10, "
+            "rtx4090, cpu."
+        ),
+    ] = "auto",
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Ranks that share each layer.", rich_help_panel=_LAYOUT)
     ] = None,
@@ -93,8 +97,9 @@ def plan(
 
     Prints the bytes that every rank holds (weights, pages of keys and
     values, workspace), what concurrency that gives, predicted speeds, and
-    why. Nothing is started and no weight is read. What cannot fit is
-    refused, with the nearest layouts that work.
+    why; last, the settings by which `manta serve --config FILE` or a
+    Serve config's args do just that. Nothing is started and no weight is
+    read. What cannot fit is refused, with the nearest layouts that work.
 
     Exit code 2 where there is no layout.
 
@@ -112,6 +117,7 @@ def plan(
     from cluster.planner.plan import plan as best_layout
     from deployments.cli import plan_flags as flags
     from deployments.cli import plan_report
+    from deployments.cli.plan_serve import serve_settings
 
     machines, kind = flags.machines(nodes, accelerator, measure=measure)
     rates = flags.RateFlags(
@@ -141,4 +147,5 @@ def plan(
         found = best_layout(problem)
     except NoLayout as error:
         raise CommandError(f"{model}: {error}", ExitCode.BAD_INPUT) from None
-    print((plan_report.as_json if as_json else plan_report.text)(model, problem, found))
+    settings = serve_settings(model, revision, problem, found)
+    print((plan_report.as_json if as_json else plan_report.text)(model, problem, found, settings))

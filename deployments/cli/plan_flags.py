@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.planner.form import Choices, Form, form_of
+from cluster.planner.kinds import ACCELERATORS, guessed
 from cluster.planner.layout import Wishes
 from cluster.planner.nodes import Node, parse_nodes
-from cluster.planner.rates import ACCELERATORS, Accelerator, Link
+from cluster.planner.rates import Accelerator, Link
 from deployments.cli.errors import CommandError, ExitCode
 from deployments.cli.plan_machine import measured, this_machine
 from engine.config import parse_bytes
@@ -16,17 +17,16 @@ from engine.models.source import resolve_model
 from engine.models.spec import ModelSpec
 from engine.quant.plan import GROUPS
 
-_USUAL_KIND = "h100"
-"""Of nodes that are given without a kind."""
+_AUTO = "auto"
 
 
-def machines(nodes: str | None, accelerator: str | None, *, measure: bool) -> tuple[tuple[Node, ...], Accelerator]:
+def machines(nodes: str | None, accelerator: str, *, measure: bool) -> tuple[tuple[Node, ...], Accelerator]:
     """The nodes to plan for and the kind of their accelerators; without --nodes, this machine."""
-    name = accelerator
+    name = one_of("--accelerator", accelerator, (_AUTO, *ACCELERATORS))
     given: tuple[Node, ...]
     if nodes is None:
         here, found = this_machine()
-        given, name = (here,), accelerator or found
+        given, name = (here,), found if name == _AUTO else name
         if name is None:
             raise _wrong("--accelerator", f"this machine's is none of {', '.join(ACCELERATORS)}: name the nearest")
     else:
@@ -34,7 +34,7 @@ def machines(nodes: str | None, accelerator: str | None, *, measure: bool) -> tu
             given = parse_nodes(nodes)
         except ValueError as error:
             raise _wrong("--nodes", str(error)) from None
-    kind = ACCELERATORS[one_of("--accelerator", name or _USUAL_KIND, tuple(ACCELERATORS))]
+    kind = guessed(given) if name == _AUTO else ACCELERATORS[name]
     return given, measured(kind) if measure else kind
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.planner.kinds import named
 from cluster.planner.nodes import Node
-from cluster.planner.rates import ACCELERATORS, Accelerator
+from cluster.planner.rates import Accelerator
 from deployments.cli.errors import CommandError, ExitCode
 from engine.machine import available_bytes
 
@@ -39,8 +40,7 @@ def this_machine() -> tuple[Node, str | None]:
             memory = min(
                 torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())
             )
-            model = torch.cuda.get_device_name().lower()
-            return Node(name, torch.cuda.device_count(), memory), next((k for k in ACCELERATORS if k in model), None)
+            return Node(name, torch.cuda.device_count(), memory), named(torch.cuda.get_device_name(), memory)
     return Node(name, 1, available_bytes()), "cpu"
 
 

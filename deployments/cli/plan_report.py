@@ -2,23 +2,26 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from cluster.planner.layout import Plan, Problem, Shard
 from cluster.planner.nodes import describe
+from deployments.cli.plan_serve import as_yaml
 from engine.parallel.slices import Run
 
 _COLUMNS = ("stage", "ranks", "node", "layers", "heads", "kv heads", "weights", "pages", "workspace", "sum", "usable")
 _LEFT = ("ranks", "node")
 
 
-def text(name: str, problem: Problem, plan: Plan) -> str:
-    """What `manta plan` prints: sizes, the layout with every rank's bytes, predictions, reasons, other layouts."""
+def text(name: str, problem: Problem, plan: Plan, settings: Mapping[str, Any]) -> str:
+    """What `manta plan` prints: sizes, the layout with every rank's bytes, predictions, reasons, other layouts, and the
+    settings that make it so."""
     return "\n".join(
         [
             *_facts(name, problem),
+            *(f"warning: {warning}" for warning in plan.warnings),
             "",
             f"layout: {plan.layout}, {_count(plan.replicas, 'replica')} of {_count(plan.layout.ranks, 'accelerator')}",
             *_table(problem, plan),
@@ -29,11 +32,13 @@ def text(name: str, problem: Problem, plan: Plan) -> str:
             "why:",
             *(f"  {reason}" for reason in plan.reasons),
             *_rivals(plan),
+            "",
+            *_settings(plan, settings),
         ]
     )
 
 
-def as_json(name: str, problem: Problem, plan: Plan) -> str:
+def as_json(name: str, problem: Problem, plan: Plan, settings: Mapping[str, Any]) -> str:
     """The same; sizes are bytes and times are seconds."""
     prediction = plan.prediction
     return json.dumps(
@@ -59,6 +64,7 @@ def as_json(name: str, problem: Problem, plan: Plan) -> str:
             "lone_token_seconds": prediction.lone_token_seconds,
             "tokens_per_second": plan.tokens_per_second,
             "reasons": plan.reasons,
+            "warnings": plan.warnings,
             "others": [
                 {
                     "layout": str(rival.layout),
@@ -69,6 +75,7 @@ def as_json(name: str, problem: Problem, plan: Plan) -> str:
                 }
                 for rival in plan.rivals
             ],
+            "serve": settings,
         },
         indent=2,
     )
@@ -181,6 +188,14 @@ def _rivals(plan: Plan) -> Sequence[str]:
         for rival in plan.rivals
     ]
     return ("", "other layouts that fit:", *lines)
+
+
+def _settings(plan: Plan, settings: Mapping[str, Any]) -> Iterator[str]:
+    yield "to serve it so, these settings in a file for `manta serve --config`, or as the args of a Serve config:"
+    if len({shard.usable_bytes for shard in plan.shards}) > 1:
+        nodes = [" and ".join(dict.fromkeys(s.node for s in g)) for _, g in groupby(plan.shards, key=lambda s: s.stage)]
+        yield f"  # stage by stage on {', '.join(nodes)}: name a label of each in parallel.labels"
+    yield from (f"  {line}" for line in as_yaml(settings).splitlines())
 
 
 def _count(number: int, noun: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 from engine.errors import ModelError
 from engine.models.families import Family, UnsupportedConfig, family_of, supported_architectures
 from engine.models.spec import ModelSpec
-from engine.quant.config import CheckpointFormat, Scheme, UnsupportedQuantization, read_quantization
+from engine.quant.config import CheckpointFormat, Scheme, UnsupportedQuantization, group_of, read_quantization
+from engine.quant.plan import unit_of
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -73,6 +74,15 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def channel_unit(path: Path, scheme: str | None, group: int) -> int:
+    """Input channels that must stay together when a layer of the directory's model is cut. Full weights are turned into
+    `scheme` with this `group`; no or any other name than a scheme's leaves them as they are. Raises ModelError."""
+    layout = find_quantization(path)
+    if layout is None:
+        return unit_of("w4a16" if scheme == "w4a16" else None, group)
+    return unit_of(None if layout.scheme == "w8a8" else "w4a16", group_of(read_json(path / CONFIG), layout))
 
 
 def check_scheme(path: Path, layout: CheckpointFormat | None, scheme: Scheme | None) -> None:

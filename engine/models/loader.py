@@ -14,14 +14,21 @@ from engine.config import Auto, DType
 from engine.errors import ModelError
 from engine.kernels import Operators, ReferenceOperators
 from engine.models.decoder import Decoder
-from engine.models.directory import CONFIG, check_scheme, find_family, find_quantization, load_spec, read_json
+from engine.models.directory import (
+    CONFIG,
+    channel_unit,
+    check_scheme,
+    find_family,
+    find_quantization,
+    load_spec,
+    read_json,
+)
 from engine.models.parameters import Form, Parameters
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
 from engine.parallel.part import Part
 from engine.parallel.place import Place
-from engine.quant.config import CheckpointFormat, Scheme, group_of
-from engine.quant.plan import unit_of
+from engine.quant.config import Scheme
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,7 +83,7 @@ def load_parameters(
     run_dtype = _run_dtype(dtype, read_json(path / CONFIG), path, torch.device(device))
     checkpoint = Checkpoint(path)
     form = Form(run_dtype, device, scheme, group, layout=layout)
-    part = Part.all_of(spec) if place is None else Part(spec, place, _unit(path, layout, scheme, group))
+    part = Part.all_of(spec) if place is None else Part(spec, place, channel_unit(path, scheme, group))
     part.check()
     parameters = Parameters(checkpoint, part, family.pieces(spec, checkpoint.names), form)
     return LoadedModel(part, parameters, run_dtype)
@@ -94,13 +101,6 @@ def load_model(
     """A decoder of what `load_parameters` loads, on the reference operators unless others are given."""
     loaded = load_parameters(path, dtype, device, quantization=quantization, group=group)
     return Decoder(loaded.part, loaded.parameters, operators or ReferenceOperators(), loaded.dtype)
-
-
-def _unit(path: Path, layout: CheckpointFormat | None, scheme: Scheme | None, group: int) -> int:
-    """Input channels that must stay together when a layer is cut."""
-    if layout is None:
-        return unit_of(scheme, group)
-    return unit_of(None if layout.scheme == "w8a8" else "w4a16", group_of(read_json(path / CONFIG), layout))
 
 
 def _run_dtype(dtype: torch.dtype | DType, config: dict[str, Any], path: Path, device: torch.device) -> torch.dtype:

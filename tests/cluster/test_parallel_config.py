@@ -22,6 +22,8 @@ def test_degrees_multiply_but_for_experts() -> None:
         ({"parallel.tensor": 0}, r"parallel\.tensor"),
         ({"parallel.tensor": 4, "parallel.expert": 3}, r"expert \(3\) must divide tensor \(4\)"),
         ({"parallel.strategy": "TIGHT"}, r"parallel\.strategy"),
+        ({"parallel.pipeline": 3, "parallel.layers": [4, 4]}, "given for 2 stages, and there are 3"),
+        ({"parallel.pipeline": 2, "parallel.layers": [5, 0]}, r"parallel\.layers"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(chosen: dict[str, object], reason: str) -> None:

@@ -22,6 +22,7 @@ LLAMA2_7B = ModelSpec(
 LLAMA3_70B = replace(
     LLAMA2_7B, vocab_size=128256, hidden=8192, layers=80, heads=64, kv_heads=8, intermediate=28672, max_position=8192
 )
+LLAMA32_1B = replace(LLAMA3_70B, hidden=2048, layers=16, heads=32, head_dim=64, intermediate=8192)
 LLAMA31_405B = replace(LLAMA3_70B, hidden=16384, layers=126, heads=128, intermediate=53248, max_position=131072)
 MIXTRAL_8X7B = replace(
     LLAMA2_7B,

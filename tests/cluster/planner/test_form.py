@@ -9,10 +9,10 @@ import torch
 
 from cluster.planner import workspace
 from cluster.planner.form import FP8_MULTIPLE, Choices, Form, form_of
+from cluster.planner.kinds import A100, CPU
 from cluster.planner.layout import Problem, Wishes
 from cluster.planner.nodes import Node
 from cluster.planner.plan import plan
-from cluster.planner.rates import A100, CPU
 from cluster.planner.shares import shares
 from engine.build import assemble
 from engine.config import EngineConfig

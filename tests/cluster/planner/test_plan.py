@@ -7,13 +7,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cluster.planner.form import Form
+from cluster.planner.kinds import A100, CPU, H100
 from cluster.planner.layout import Layout, Plan, Problem, Wishes
 from cluster.planner.nodes import Node, parse_nodes
 from cluster.planner.plan import NoLayout, plan
-from cluster.planner.rates import A100, CPU, H100
 from cluster.planner.survey import take_stock
+from cluster.planner.usual import usual_layers
 from engine.models.spec import ExpertsSpec, ModelSpec
-from tests.cluster.planner.models import GPT3_175B, LLAMA2_7B, LLAMA3_70B, LLAMA31_405B, MIXTRAL_8X7B
+from tests.cluster.planner.models import GPT3_175B, LLAMA2_7B, LLAMA3_70B, LLAMA31_405B, LLAMA32_1B, MIXTRAL_8X7B
 
 BF16 = Form("bfloat16")
 MIB = 2**20
@@ -81,10 +82,18 @@ def test_layouts_are_those_of_an_expert(spec: ModelSpec, nodes: str, expected: s
     assert (found.layout, found.replicas) in expected
 
 
-def test_experts_are_spread_over_the_ranks() -> None:
-    found = plan(problem(MIXTRAL_8X7B, "8x80GiB"))
-    assert found.layout.pipeline == 1
-    assert found.layout.expert == found.layout.tensor > 1
+@pytest.mark.parametrize("prefer", ["throughput", "latency"])
+@pytest.mark.parametrize("nodes", ["2x80GiB", "8x80GiB", "8x24GiB"])
+def test_experts_are_cut_as_no_rank_then_waits_for_a_busier_one(nodes: str, prefer: str) -> None:
+    found = plan(problem(MIXTRAL_8X7B, nodes, prefer=prefer))
+    assert found.layout.expert == 1 and found.layout.pipeline == 1
+    assert {shard.experts.count for shard in found.shards} == {8}
+    whole = plan(problem(MIXTRAL_8X7B, nodes, tensor=found.layout.tensor, pipeline=1, expert=2))
+    assert found.prediction.lone_token_seconds < whole.prediction.lone_token_seconds
+
+
+def test_experts_are_whole_if_asked_for() -> None:
+    found = plan(problem(MIXTRAL_8X7B, "8x80GiB", tensor=8, pipeline=1, expert=8))
     held = [expert for shard in found.shards for expert in range(shard.experts.start, shard.experts.end)]
     assert held == list(range(8))
 
@@ -102,6 +111,47 @@ def test_latency_is_bought_with_more_ranks() -> None:
     assert fast.layout.tensor > many.layout.tensor
     assert fast.prediction.lone_token_seconds < many.prediction.lone_token_seconds / 2
     assert fast.layout.pipeline == 1
+
+
+def test_latency_is_not_bought_with_throughput_that_costs_none() -> None:
+    found = plan(problem(LLAMA3_70B, "8*1x40GiB", prefer="latency"))
+    for rival in found.rivals:
+        if rival.lone_token_seconds <= 1.1 * found.prediction.lone_token_seconds:
+            assert rival.tokens_per_second <= 1.2 * found.tokens_per_second, rival
+
+
+@pytest.mark.parametrize(
+    ("spec", "nodes", "wishes"),
+    [
+        (LLAMA3_70B, "2*8x24GiB", {"tensor": 8, "pipeline": 2}),
+        (LLAMA31_405B, "2*8x80GiB", {"tensor": 8, "pipeline": 2}),
+        (replace(LLAMA2_7B, vocab_size=128256, kv_heads=8), "4x80GiB", {"tensor": 1, "pipeline": 4}),
+        # A head as large as four layers, which decodes wait for longer than its arithmetic takes.
+        (LLAMA32_1B, "2x80GiB", {"tensor": 1, "pipeline": 2}),
+    ],
+)
+def test_stages_have_the_layers_that_replicas_deal_out_by_themselves(
+    spec: ModelSpec, nodes: str, wishes: dict[str, int]
+) -> None:
+    found = plan(problem(spec, nodes, **wishes))
+    assert found.layers == usual_layers(spec, found.layout.pipeline)
+
+
+def test_layers_are_dealt_out_otherwise_where_that_makes_room_for_more_sequences() -> None:
+    spec, wishes = replace(LLAMA2_7B, vocab_size=128256, kv_heads=8), {"tensor": 1, "pipeline": 2}
+    few = plan(problem(spec, "2*1x12GiB", sequences=4, **wishes))
+    assert few.sequences == 4 and few.layers == usual_layers(spec, 2) == (17, 15)
+    many = plan(problem(spec, "2*1x12GiB", **wishes))
+    assert many.sequences < 128 and many.layers == (16, 16)
+
+
+def test_what_caps_the_number_of_sequences_is_said() -> None:
+    capped = plan(problem(LLAMA3_70B, "8x80GiB", tensor=8, pipeline=1))
+    assert capped.sequences == 128
+    (reason,) = [reason for reason in capped.reasons if "--max-sequences" in reason]
+    assert f"its pages would hold {capped.kv_tokens // 4096}" in reason
+    tight = plan(problem(LLAMA3_70B, "2x80GiB"))
+    assert tight.sequences < 128 and not any("--max-sequences" in reason for reason in tight.reasons)
 
 
 def test_a_slow_link_makes_tensor_ranks_slower() -> None:
@@ -161,7 +211,7 @@ def test_quantized_weights_leave_more_room() -> None:
         ),
         (
             problem(LLAMA2_7B, "64x80GiB", pipeline=40),
-            ["pipeline parallel 40 cannot be", "40 stages need a layer each, and the model has 32", "TP1 x PP32"],
+            ["pipeline parallel 40 cannot be", "32 layers are too few for 40 stages", "TP1 x PP32"],
         ),
         (
             problem(LLAMA2_7B, "a=3x80GiB,b=1x80GiB", tensor=2, pipeline=2),

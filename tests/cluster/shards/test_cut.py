@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ParallelConfig
-from cluster.shards.cut import DRAWN_SHARE, check_degrees, head_in_layers, places_of, plan_group
+from cluster.planner.usual import DRAWN_SHARE, head_in_layers
+from cluster.shards.cut import check_degrees, places_of, plan_group
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.models.directory import channel_unit, load_spec
+from engine.models.tiny import PATH
 from engine.parallel.place import Place, RankFacts
 from engine.parallel.slices import TensorRank
 from tests.cluster.planner import models
@@ -40,10 +43,9 @@ def test_every_layer_is_in_one_stage_and_no_cut_has_a_faster_slowest_one(
 
 
 def test_the_head_takes_the_place_of_as_many_layers_as_take_as_long() -> None:
-    """Llama-3.2-1B's: 128,256 rows beside layers of 61 million parameters, of half of the tokens."""
-    spec = replace(models.LLAMA3_70B, hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, intermediate=8192)
-    assert head_in_layers(spec) == pytest.approx(4.32, abs=0.01)
-    places = places_of(ParallelConfig(pipeline=2), spec)
+    """128,256 rows beside layers of 61 million parameters, of half of the tokens."""
+    assert head_in_layers(models.LLAMA32_1B) == pytest.approx(4.32, abs=0.01)
+    places = places_of(ParallelConfig(pipeline=2), models.LLAMA32_1B)
     assert [len(place.layers) for place in places] == [9, 7]
 
 
@@ -81,3 +83,36 @@ def test_no_more_pages_are_asked_for_than_sequences_can_use() -> None:
 def test_a_model_that_cannot_be_cut_so_is_refused_in_words(degrees: dict, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         check_degrees(models.LLAMA2_7B, ParallelConfig(**degrees))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "nearest"),
+    [
+        ({"tensor": 3}, "TP4 x PP1, TP2 x PP1, TP1 x PP1"),
+        ({"pipeline": 99}, "TP1 x PP32, TP2 x PP32"),
+        ({"tensor": 12, "pipeline": 2}, "TP16 x PP2, TP8 x PP2, TP4 x PP2"),
+    ],
+)
+def test_layouts_that_work_are_offered(degrees: dict, nearest: str) -> None:
+    with pytest.raises(ModelError, match=f"; nearest layouts that work: {nearest}$"):
+        check_degrees(models.LLAMA2_7B, ParallelConfig(**degrees))
+
+
+def test_channels_that_share_a_scale_are_not_cut_apart() -> None:
+    spec, eight = load_spec(PATH), ParallelConfig(tensor=8)
+    check_degrees(spec, eight, channel_unit(PATH, "w8a8", 64))
+    with pytest.raises(ModelError, match="no multiple of the group of 64; nearest layouts that work: TP4"):
+        check_degrees(spec, eight, channel_unit(PATH, "w4a16", 64))
+
+
+def test_layers_are_dealt_out_as_asked() -> None:
+    asked = ParallelConfig(tensor=2, pipeline=3, layers=(20, 8, 4))
+    check_degrees(models.LLAMA2_7B, asked)
+    places = places_of(asked, models.LLAMA2_7B)
+    assert [place.layers for place in places[::2]] == [range(20), range(20, 28), range(28, 32)]
+    assert [place.layers for place in places[1::2]] == [place.layers for place in places[::2]]
+
+
+def test_layers_that_are_not_the_models_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"parallel.layers: 20 \+ 8 are 28 layers, and the model has 32"):
+        check_degrees(models.LLAMA2_7B, ParallelConfig(pipeline=2, layers=(20, 8)))

@@ -353,7 +353,8 @@ def test_missing_tensor_is_one_line_and_exit_code_2(model: Path, tmp_path: Path)
         (["--dtype", "int3"], "engine.dtype"),
         (["--kv-memory", "lots"], "engine.kv.memory"),
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["--tensor-parallel", "3"], "8 heads cannot be divided among 3 ranks"),
+        (["--tensor-parallel", "3"], "8 heads cannot be divided among 3 ranks; nearest layouts that work: TP4 x PP1"),
+        (["--tensor-parallel", "8", "--quantization", "w4a16"], "no multiple of the group of 64; nearest"),
         (["--pipeline-parallel", "9"], "5 layers are too few for 9 stages"),
     ],
 )

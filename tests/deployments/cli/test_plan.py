@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from deployments.cli.serve import configure
+from deployments.config import AppConfig
 from tests.deployments.cli.command import ROOT, environment, manta
 
 LLAMA2_7B: dict[str, Any] = {
@@ -75,6 +77,44 @@ def test_a_small_model_is_copied_to_every_accelerator(llama2_7b: Path) -> None:
     assert weights + pages + workspace == total <= usable == int(0.9 * 80 * 2**30)
     assert any(line.startswith("concurrency:") for line in lines)
     assert "why:" in lines and "other layouts that fit:" in lines
+    (source,) = [line for line in lines if line.startswith("       h100: ")]
+    assert source.endswith("; taken for its memory (a100 has as much), --accelerator names another")
+
+
+def test_the_settings_at_the_end_serve_what_is_planned(llama3_70b: Path, tmp_path: Path) -> None:
+    flags = ("--nodes", "2*8x24GiB", "--kv-dtype", "int8", "--quantization", "w4a16", "--quantization-group", 128)
+    flags = (*flags, "--tensor-parallel", 8, "--pipeline-parallel", 2, "--max-sequences", 64)
+    text = manta("plan", llama3_70b, *flags).stdout
+    settings = text.rpartition("to serve it so,")[2]
+    file = tmp_path / "serve.yaml"
+    file.write_text("\n".join(settings.splitlines()[1:]))
+    config = configure(file, {})
+    found = planned(llama3_70b, *flags)
+    assert config == AppConfig.model_validate(found["serve"])
+    assert config.replicas == found["replicas"] == 1
+    assert (config.parallel.tensor, config.parallel.pipeline) == (8, 2)
+    layers = [rank["layers"] for rank in found["ranks"] if rank["tensor_rank"] == 0]
+    assert config.parallel.layers == tuple(end - begin for begin, end in layers)
+    engine = config.engine
+    assert (engine.model, engine.device, engine.dtype) == (str(llama3_70b), "cuda", "bfloat16")
+    assert (engine.quantization, engine.quantization_group, engine.kv.dtype) == ("w4a16", 128, "int8")
+    assert engine.scheduler.max_sequences == 64
+    spare = found["kv_pages"] + 1
+    assert engine.kv.memory == sum(rank["kv_bytes"] for rank in found["ranks"]) // spare * found["kv_pages"]
+
+
+def test_stages_that_differ_are_told_where_to_go(llama3_70b: Path) -> None:
+    flags = ("--tensor-parallel", 2, "--pipeline-parallel", 2)
+    result = manta("plan", llama3_70b, "--nodes", "a=2x80GiB,b=2x48GiB", *flags)
+    assert "  # stage by stage on a, b: name a label of each in parallel.labels" in result.stdout.splitlines()
+    assert "warning: accelerators of b have 48 GiB, and h100 has 80" in result.stdout
+    assert "# stage by stage" not in manta("plan", llama3_70b, "--nodes", "2*2x80GiB", *flags).stdout
+
+
+def test_a_kind_that_has_other_memory_is_warned_of(llama2_7b: Path) -> None:
+    assert planned(llama2_7b, "--nodes", "1x24GiB")["accelerator"] == "l4"
+    (warning,) = planned(llama2_7b, "--nodes", "1x24GiB", "--accelerator", "h100")["warnings"]
+    assert "24 GiB, and h100 has 80" in warning and "l4 or a10 or rtx4090 has as much" in warning
 
 
 def test_a_large_model_is_cut_inside_a_node_and_staged_between_nodes(llama3_70b: Path) -> None:
@@ -141,11 +181,12 @@ def test_a_config_file_is_enough(llama2_7b: Path) -> None:
     [
         (("--tensor-parallel", 3), "32 heads cannot be divided among 3 ranks; there are 8 accelerators"),
         (("--tensor-parallel", 16), "TP16 x PP1: it needs 16 accelerators; there are 8 accelerators"),
-        (("--pipeline-parallel", 33), "33 stages need a layer each, and the model has 32"),
+        (("--pipeline-parallel", 33), "32 layers are too few for 33 stages"),
         (("--expert-parallel", 2), "the model has no experts"),
         (("--context", 8192), "the model is made for at most 4096"),
-        (("--accelerator", "tpu"), "--accelerator: 'tpu' is not one of a100, h100, cpu"),
+        (("--accelerator", "tpu"), "--accelerator: 'tpu' is not one of auto, h100, h200, a100"),
         (("--prefer", "speed"), "--prefer: 'speed' is not one of throughput, latency"),
+        (("--max-batch-tokens", 64), "batch_tokens is 64; it must be at least sequences (128)"),
         (("--dtype", "int3"), "--dtype: 'int3' is not one of auto"),
         (("--quantization-group", 48), "--quantization-group: 48 is not one of 32, 64, 128"),
         (("--link-in-node", "fast"), "--link-in-node: 'fast': expected bytes a second"),
