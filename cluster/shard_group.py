@@ -218,7 +218,7 @@ class ShardGroup:
     def _reserve(self) -> Any:
         """A place of our own, for a group that is not in a replica's. Raises NoRoom."""
         order = self._order
-        lay_bundles(order.parallel, order.each, living_nodes(free=False))
+        lay_bundles(order.parallel, order.each, living_nodes(free=False), totals=True)
         laid = self._laid_within(PLACEMENT_TIMEOUT_S / 2)
         self._own_place = placement_group(
             list(laid.resources),
