@@ -29,7 +29,7 @@ from cluster.shard import RankLoader, ShardActor, Whereabouts, is_victim, reason
 from cluster.shards.channel import ChannelClosed, GroupChannel
 from cluster.shards.placement import Amounts, Bundles, NoRoom, bundle_of, lay_bundles, refusal
 from cluster.shards.tier import GroupTier
-from cluster.shards.watch import BEAT_S, Loss, Watch
+from cluster.shards.watch import BEAT_S, LOADING_SILENCE_S, Loss, Watch
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -80,6 +80,8 @@ class GroupOrder:
     """The first that each rank does in its process."""
     make_tier: TierFactory | None = None
     """Where each rank's pages overflow to; None for nowhere. Importable there, too."""
+    loading_silence_s: float = LOADING_SILENCE_S
+    """After which a rank that says nothing is lost while it loads and gets ready."""
 
     @property
     def depth(self) -> int:
@@ -112,6 +114,7 @@ class ShardGroup:
             self._where = self._ask_all([actor.whereabouts.remote() for actor in self._actors])
             self._processes = self._open_processes()
             self._channel = channel = self._open_channel()
+            channel.expect(order.loading_silence_s)
             first = self._where[0]
             host = f"[{first.address}]" if ":" in first.address else first.address
             self.facts: list[RankFacts] = self._ask_all(
@@ -125,7 +128,7 @@ class ShardGroup:
             raise
 
     def start(self, num_pages: int) -> None:
-        """Has every rank make so many pages, and begins to watch over them. Raises as the constructor does."""
+        """Has every rank make so many pages, and from then on watches them closely. Raises as the constructor does."""
         assert self._channel is not None
         try:
             self._ask_all([actor.start.remote(num_pages, self._order.make_tier) for actor in self._actors])
@@ -279,6 +282,9 @@ class ShardGroup:
                 except ray.exceptions.RayTaskError as error:
                     errors[rank] = error.cause if isinstance(error.cause, Exception) else error
                     watch.fault(rank, reason_of(errors[rank]), is_victim=is_victim(errors[rank]))
+            # First: all others have been ended since, and what they answer is that.
+            if (failure := self.failure) is not None:
+                raise failure
             if (loss := watch.verdict()) is not None:
                 cause = errors[loss.rank]
                 raise cause if isinstance(cause, ModelError | ValueError) else self._blame(loss)

@@ -80,8 +80,13 @@ class GroupChannel:
         """Seconds, in all, that each rank had nothing to run, as far as is known."""
         return self._watch.waited_s
 
+    def expect(self, silence: float) -> None:
+        """From now on each rank is to connect and to beat: one that is silent for so many seconds is lost."""
+        self._tell(lambda: self._watch.arm(silence))
+
     def arm(self) -> None:
-        """Returns once each rank is connected; from then on one that is silent is lost. Raises ChannelClosed.
+        """Returns once each rank is connected; from then on one that is silent for a moment is lost. Raises
+        ChannelClosed.
 
         Nothing is sent before: it would be lost on whoever is not there yet.
         """

@@ -189,6 +189,18 @@ class TestRefusals:
             server.start(tensor=3, model=json.dumps(trouble))
         server.leaves_nothing()
 
+    @pytest.mark.parametrize("phase", ["loading", "starting"])
+    @pytest.mark.parametrize("rank", [0, 2])
+    def test_a_rank_that_hangs_before_it_serves_is_named_and_nobody_waits_for_it(
+        self, server: Server, phase: str, rank: int
+    ) -> None:
+        """Its neighbours, which wait for it, are ended with it."""
+        began = time.monotonic()
+        with pytest.raises(Failed, match=rf"ShardLost: rank {rank} on .* is lost: silent for 3\.\d s, after 0 batches"):
+            server.start(tensor=3, model=json.dumps({f"stops_{phase}": rank}), loading_silence_s=3.0)
+        assert time.monotonic() - began < 15
+        server.leaves_nothing()
+
 
 class TestLosses:
     def test_an_exception_in_a_step_is_the_reason_and_not_what_it_did_to_others(self, server: Server) -> None:

@@ -32,7 +32,13 @@ class Server:
         self._hosts: list[Any] = []
 
     def start(
-        self, name: str = "", model: str = "fake", cpus: float = 1.0, kv_hosts: bool = False, **parallel: Any
+        self,
+        name: str = "",
+        model: str = "fake",
+        cpus: float = 1.0,
+        kv_hosts: bool = False,
+        loading_silence_s: float = 30.0,
+        **parallel: Any,
     ) -> Any:
         """Starts a group and an engine over it; who and where the ranks are. `kv_hosts`: each node has one."""
         from cluster.config import KVTierConfig, ParallelConfig
@@ -56,6 +62,7 @@ class Server:
                 load_fake,
                 {"CPU": cpus},
                 make_tier=partial(make_rank_tier, APPLICATION, config.ranks, None) if kv_hosts else None,
+                loading_silence_s=loading_silence_s,
             )
         )
         if kv_hosts:
