@@ -340,7 +340,7 @@ def test_ranks_without_common_memory_add_up_over_connections(
         ranks.close()
     finally:
         for process in pool.take(2):
-            process.send("call", look_for_memory_in, "/dev/shm")
+            process.send("call", look_for_memory_in, "/proc")
             process.answer()
 
 
@@ -348,7 +348,7 @@ def look_for_memory_in(folder: str) -> None:
     """In a rank's process."""
     from engine.parallel import segment
 
-    segment.FOLDER = Path(folder)
+    segment.PROCESSES = Path(folder)
 
 
 def test_a_rank_alone_is_a_whole_model(model_of: Callable[[str], Path]) -> None:
