@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cluster.shards.channel import ChannelClosed, GroupChannel
 from cluster.shards.placement import Amounts, Bundles, NoRoom, bundle_of, lay_bundles, refusal
 from cluster.shards.tier import GroupTier
 from cluster.shards.watch import BEAT_S, LOADING_SILENCE_S, Loss, Watch
+from cluster.shards.wire import without_edits
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -104,7 +105,8 @@ class ShardGroup:
         """File descriptors of those of this node (pidfd_open(2)): unlike a process id, each stays what it is."""
         self._channel: GroupChannel | None = None
         self._serving: list[Any] = []
-        self._uncollected: deque[int] = deque()
+        self._uncollected: deque[tuple[int, dict[int, str]]] = deque()
+        """Steps in flight, with the rows that fail whatever is drawn for them."""
         self.tier: GroupTier | None = None
         """Where pages of the whole group overflow to, once it has started; for the thread that owns it."""
         self._ending = threading.Lock()
@@ -165,14 +167,19 @@ class ShardGroup:
         return self._channel.waited_s
 
     def submit(self, batch: Batch) -> None:
-        """Raises ShardLost."""
+        """Raises ShardLost. Rows whose edits are too large to send fail, and the rest of the batch is run."""
         assert self._channel is not None
         assert len(self._uncollected) < self.depth, "submit() without collect()"
+        failed: dict[int, str] = {}
         try:
-            self._channel.send(batch)
+            try:
+                self._channel.send(batch)
+            except WireError as error:
+                self._channel.send(without_edits(batch))
+                failed = dict.fromkeys(batch.samples.edits, f"what is asked of its logits cannot be sent: {error}")
         except ChannelClosed:
             raise self._lost() from None
-        self._uncollected.append(batch.step)
+        self._uncollected.append((batch.step, failed))
 
     def collect(self) -> StepOutput:
         """Raises ShardLost, in less than 2 s from when a rank has died or was stopped."""
@@ -181,10 +188,10 @@ class ShardGroup:
             output = self._channel.receive()
         except ChannelClosed:
             raise self._lost() from None
-        expected = self._uncollected.popleft()
+        expected, failed = self._uncollected.popleft()
         if not isinstance(output, StepOutput) or output.step != expected:
             raise WireError(f"step {expected} was to come back, and {output!r:.60} did")
-        return output
+        return replace(output, failed={**output.failed, **failed}) if failed else output
 
     def close(self) -> None:
         """Ends all ranks, and gives back all that was reserved and opened for them."""
