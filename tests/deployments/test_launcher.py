@@ -30,7 +30,9 @@ def message_of(error: Exception) -> str:
     def initialize() -> None:
         raise RuntimeError(traceback_of(construct)) from None
 
-    raised = RayTaskError("initialize_and_get_metadata", traceback_of(initialize), RuntimeError("x"), "ray::R", 1, "::1")
+    raised = RayTaskError(
+        "initialize_and_get_metadata", traceback_of(initialize), RuntimeError("x"), "ray::R", 1, "::1"
+    )
     return f"A replica failed to start with exception. Retrying 0 more time(s). Error:\n{raised.as_instanceof_cause()}"
 
 
@@ -42,7 +44,10 @@ def message_of(error: Exception) -> str:
             "ShardLost: rank 1 on 10.0.0.7, process 55 is lost: its process has ended",
         ),
         (RanksLost("rank 0 met nobody"), "RanksLost: rank 0 met nobody"),
-        (ValueError("kv.memory (5 bytes) is less than one page"), "ValueError: kv.memory (5 bytes) is less than one page"),
+        (
+            ValueError("kv.memory (5 bytes) is less than one page"),
+            "ValueError: kv.memory (5 bytes) is less than one page",
+        ),
         (MemoryError(), "MemoryError"),
         (RuntimeError("first line\nsecond: line\n  third"), "RuntimeError: first line"),
         (KeyError("a"), "KeyError: 'a'"),
