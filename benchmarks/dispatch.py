@@ -5,8 +5,8 @@ group's own channel, and prints microseconds: until the first and until the last
 the answer of the one that answers is back. A pause between batches lets all of them wait, as they do for a device.
 
 With `--hosts 4` the ranks are dealt out to so many hosts, the group on the first of them: network namespaces on this
-machine with a switch between them (`tests/netns`), so that all but the first host's ranks are reached by TCP, encrypted.
-All processes share this machine's cores whatever the hosts.
+machine with a switch between them (`tests/netns`). All but the first host's ranks are reached by TCP, encrypted. All
+processes share this machine's cores whatever the hosts.
 """
 
 import argparse

@@ -9,13 +9,13 @@ Ranks have one thread each, so that two ranks and one with two threads have the 
   of the two waiting. At steady load: as one request ends the next begins. Tokens are those that were run, of prompts
   and of outputs; bubbles are the share of the time in which a stage had nothing to run. Batches are large because two
   stages that only read weights share the memory's bandwidth: a core alone may take nearly all of it.
-- `dispatch`: until both ranks have a batch that the group sends them, and until 8 ranks on 4 hosts do, which are network
-  namespaces of this machine (`benchmarks.dispatch`).
+- `dispatch`: until both ranks have a batch that the group sends them, and until 8 ranks on 4 hosts do, which are
+  network namespaces of this machine (`benchmarks.dispatch`).
 - `mixture`: routing by a table against one-hot dispatch (`benchmarks.routing`), and whether experts that are dealt out
   to two ranks draw the tokens that one rank draws.
 
-Of each group also how long it takes to be there, with the files in the page cache, and what each rank needs in memory on
-top of its share: its weights, and the pages that sequences were given.
+Of each group also how long it takes to be there, with the files in the page cache, and what each rank needs in memory
+on top of its share: its weights, and the pages that sequences were given.
 Sides take turns; medians count. To be run with nothing else on the machine.
 """
 

@@ -71,7 +71,7 @@ class RankMemory:
     loading: int
     """The most that loading them took beyond `before`."""
     pages: int
-    """Of keys and values, that sequences were ever given. There are more: memory is taken as a page is first written."""
+    """Of keys and values, that sequences were ever given. There are more, which take no memory before that."""
     peak: int
     """The most that was resident at any time after `before` (VmHWM)."""
 

@@ -33,18 +33,19 @@ def share_of(config: AppConfig, nodes: Sequence[NodeRoom], *, torch_has_gpus: bo
     `torch_has_gpus` is whether torch is of a build that can compute on one. A rank of several has a GPU of its own.
     """
     ranks = config.parallel.ranks
-    gpus = [node.free.get("GPU", 0.0) for node in nodes]
-    on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and torch_has_gpus and sum(gpus) > 0)
-    able = [node for node in nodes if node.free.get("GPU", 0.0) > 0] if on_gpu and sum(gpus) else nodes
+    with_gpus = [node for node in nodes if node.free.get("GPU", 0.0) > 0]
+    on_gpu = config.engine.device == "cuda" or (config.engine.device == "auto" and torch_has_gpus and bool(with_gpus))
+    able = with_gpus if on_gpu and with_gpus else nodes
     cpus = [node.free.get("CPU", 0.0) for node in able]
-    per_gpu = [node.free.get("CPU", 0.0) / node.free["GPU"] for node in able] if able is not nodes else []
+    per_gpu = [node.free.get("CPU", 0.0) / node.free["GPU"] for node in with_gpus] if on_gpu else []
     if config.cpus_per_replica != "auto":
         share = config.cpus_per_replica / ranks
     else:
         share = rank_cpus(cpus, config.replicas, config.parallel.tensor, config.parallel.pipeline)
         share = _countable(min([share, *per_gpu]))
     if on_gpu:
-        crowd = 1 if ranks > 1 or not sum(gpus) else math.ceil(config.replicas / sum(map(int, gpus)))
+        gpus = sum(int(node.free["GPU"]) for node in with_gpus)
+        crowd = math.ceil(config.replicas / gpus) if gpus and ranks == 1 else 1
         return Share(share, _countable(1 / crowd), crowd)
     return Share(share, 0.0, _neighbours(cpus, share, config))
 
