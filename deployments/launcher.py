@@ -7,6 +7,7 @@ run finish first, for a while.
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import time
@@ -33,6 +34,10 @@ STATUS_EVERY = 5
 """Polls of the endpoint for each look at Serve's status, which costs a call to the controller."""
 DRAIN_MARGIN_S = 5.0
 """How much longer the gateways may take to answer that they have drained."""
+_BAD_INPUT = ("engine.errors.ModelError", "cluster.shards.placement.NoRoom")
+_TRACEBACK = "Traceback (most recent call last):"
+_FRAME = re.compile(r'  File "')
+_EXCEPTION = re.compile(r"[\w.]*[A-Z]\w*: ")
 
 Say = Callable[[str], None]
 
@@ -170,14 +175,31 @@ def _check_status() -> None:
 def failure_of(message: str) -> CommandError:
     """The one line of a failed deployment's message that says why, and the exit code that goes with it.
 
-    Serve's message holds the traceback of the constructor that raised; its last line is the exception.
+    Serve's message holds the traceback of the constructor that raised, inside that of Serve's own error: the reason is
+    the exception that the last frame is followed by.
     """
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if line.startswith("engine.errors.ModelError: "):
-            return CommandError(line.removeprefix("engine.errors.ModelError: "), ExitCode.BAD_INPUT)
-    raised = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
-    return CommandError(f"the model could not be served: {(raised or lines or ['no reason given'])[-1]}")
+    for line in reversed(message.splitlines()):
+        name, _, reason = line.strip().partition(": ")
+        if name in _BAD_INPUT:
+            return CommandError(reason, ExitCode.BAD_INPUT)
+    name, _, reason = _exception_line(message).partition(": ")
+    kind = name.rpartition(".")[2] if reason else name
+    return CommandError(f"the model could not be served: {kind}{': ' if reason else ''}{reason}")
+
+
+def _exception_line(message: str) -> str:
+    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
+    after_frames, named = [], []
+    in_frames = False
+    for line in lines:
+        if _FRAME.match(line):
+            in_frames = True
+        elif not line.startswith(" "):
+            if not line.endswith(_TRACEBACK):
+                after_frames += [line] if in_frames else []
+                named += [line] if _EXCEPTION.match(line) else []
+            in_frames = False
+    return (after_frames or named or lines or ["no reason given"])[-1].strip()
 
 
 def _answers(url: str) -> bool:

@@ -4,7 +4,7 @@ Knows no sockets. What comes from the other side is checked here for its form: l
 into what they index. What only the receiver knows (its pages, its vocabulary) is the receiver's to check.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from cluster.shards.fields import (
     I32,
     I64,
     MAX_TEXT,
+    U8,
+    Array,
     Kind,
     array,
     bytes_of,
@@ -31,6 +33,8 @@ from cluster.shards.fields import (
     whole,
 )
 from engine.batch import SETTINGS, Batch, Edit, PromptLogprobRow, Samples, StepOutput, StepStats, TokenLogprob
+
+_UNKNOWN_EDIT = Edit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +109,40 @@ def _batch_fields(batch: Batch) -> list[Any]:
 
 def _edit_fields(edit: Edit) -> list[Any]:
     return [
-        bytes_of(edit.bias_ids, I64),
+        _id_bytes(edit.bias_ids),
         bytes_of(edit.bias, F32),
-        None if edit.allowed is None else bytes_of(edit.allowed, I64),
-        bytes_of(edit.banned, I64),
+        *((None, None) if edit.allowed is None else _set_fields(edit.allowed)),
+        _id_bytes(edit.banned),
         float(edit.repetition_penalty),
         float(edit.frequency_penalty),
         float(edit.presence_penalty),
-        bytes_of(edit.seen, I64),
+        _id_bytes(edit.seen),
         bytes_of(edit.counts, F32),
     ]
+
+
+def _id_bytes(ids: Array) -> bytes:
+    """Token ids, which no vocabulary needs more than 32 bits for."""
+    narrow = ids.astype(I32)
+    if ids.dtype != I64 or not np.array_equal(narrow, ids):
+        raise WireError(f"{len(ids)} token ids of {ids.dtype}, one of which has no place in 32 bits")
+    return narrow.tobytes()
+
+
+def _set_fields(ids: Array) -> tuple[bytes | None, bytes | None]:
+    """Token ids one by one, or a bit for each up to the last of them, whichever is shorter; ids that are not in
+    ascending order are listed, to arrive in theirs."""
+    if not len(ids) or ids[0] < 0 or ids[-1] // 8 >= I32.itemsize * len(ids) or not (ids[1:] > ids[:-1]).all():
+        return _id_bytes(ids), None
+    bits = np.zeros(int(ids[-1]) + 1, np.bool_)
+    bits[ids] = True
+    return None, np.packbits(bits, bitorder="little").tobytes()
+
+
+def without_edits(batch: Batch) -> Batch:
+    """For whoever does not draw: that rows are edited is what counts there, and not how."""
+    edits = dict.fromkeys(batch.samples.edits, _UNKNOWN_EDIT)
+    return replace(batch, samples=replace(batch.samples, edits=edits)) if edits else batch
 
 
 def _read_batch(
@@ -164,7 +192,7 @@ def _read_samples(num_sequences: int, rows: Any, positions: Any, settings: Any, 
     count = len(which)
     if count and not (which.min() >= 0 and which.max() < num_sequences):
         raise WireError(f"a token is to be drawn for a sequence beyond the {num_sequences} of the batch")
-    edited = [_read_edit(count, *record(fields, 10)) for fields in items(edits)]
+    edited = [_read_edit(count, *record(fields, 11)) for fields in items(edits)]
     reported = [record(fields, 2) for fields in items(logprobs)]
     return Samples(
         rows=which,
@@ -181,6 +209,7 @@ def _read_edit(
     bias_ids: Any,
     bias: Any,
     allowed: Any,
+    allowed_bits: Any,
     banned: Any,
     repetition_penalty: Any,
     frequency_penalty: Any,
@@ -188,18 +217,30 @@ def _read_edit(
     seen: Any,
     counts: Any,
 ) -> tuple[int, Edit]:
-    biased, history = array(bias_ids, I64), array(seen, I64)
+    biased, history = _read_ids(bias_ids), _read_ids(seen)
     return index_in(index, num_rows), Edit(
         bias_ids=biased,
         bias=array(bias, F32, len(biased)),
-        allowed=None if allowed is None else array(allowed, I64),
-        banned=array(banned, I64),
+        allowed=_read_set(allowed, allowed_bits),
+        banned=_read_ids(banned),
         repetition_penalty=real(repetition_penalty),
         frequency_penalty=real(frequency_penalty),
         presence_penalty=real(presence_penalty),
         seen=history,
         counts=array(counts, F32, len(history)),
     )
+
+
+def _read_ids(value: Any) -> NDArray[np.int64]:
+    return array(value, I32).astype(np.int64)
+
+
+def _read_set(ids: Any, bits: Any) -> NDArray[np.int64] | None:
+    if bits is None:
+        return None if ids is None else _read_ids(ids)
+    if ids is not None:
+        raise WireError("allowed tokens are given twice")
+    return np.flatnonzero(np.unpackbits(array(bits, U8), bitorder="little"))
 
 
 def _read_prompt_row(fields: Any, lengths: NDArray[np.int64]) -> PromptLogprobRow:
