@@ -110,8 +110,9 @@ def measure(layout: Layout, sequences: int, context: int, steps: int, pause_s: f
     sent, back = [], []
     with group(layout) as (channel, processes):
         for step in range(1, steps + warm + 1):
-            batch = decodes(sequences, context, step)
             time.sleep(pause_s)
+            # As an engine does: what was awake to make a batch sends it.
+            batch = decodes(sequences, context, step)
             sent.append(time.monotonic_ns())
             channel.send(batch)
             channel.receive()

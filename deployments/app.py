@@ -13,7 +13,7 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.nodes import living_nodes
 from cluster.shard import RankLoader
-from cluster.shards.cut import check_degrees
+from cluster.shards.cuttable import cuttable_spec
 from cluster.shards.placement import NodeRoom, lay_bundles
 from deployments.config import AppConfig
 from deployments.gateway import Gateway
@@ -25,7 +25,6 @@ from deployments.router_adapter import TokenRequestRouter
 from deployments.sharded import ShardedFactory, load_rank
 from deployments.shares import share_machine, share_of
 from deployments.streams.store import StreamStore
-from engine.models.directory import load_spec
 from engine.models.source import BUILT_IN, resolve_model
 
 MAX_ONGOING_REQUESTS = 4096
@@ -124,4 +123,4 @@ def check_cut(config: AppConfig) -> None:
     """Raises ModelError where the model cannot be cut as asked: before replicas start, if its files are here, too."""
     model = config.engine.model
     if config.parallel.ranks > 1 and (model == BUILT_IN or (Path(model).expanduser() / "config.json").is_file()):
-        check_degrees(load_spec(resolve_model(model)), config.parallel)
+        cuttable_spec(resolve_model(model), config.engine, config.parallel)

@@ -18,14 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from cluster.shards.cut import check_degrees
+from cluster.shards.cuttable import cuttable_spec
 from cluster.shards.placement import NoRoom
 from deployments.cli.errors import CommandError, ExitCode
 from deployments.config import AppConfig
 from deployments.model_check import check_model
 from deployments.private_ray import PrivateRay
 from engine.machine import available_cores
-from engine.models.directory import channel_unit, load_spec
 from engine.models.source import BUILT_IN
 
 APPLICATION = "default"
@@ -64,8 +63,7 @@ def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
     exit code 130 when interrupted before it began.
     """
     config = _absolute(config)
-    path, engine = check_model(config.engine), config.engine
-    check_degrees(load_spec(path), config.parallel, channel_unit(path, engine.quantization, engine.quantization_group))
+    cuttable_spec(check_model(config.engine), config.engine, config.parallel)
     check_port(options.host, options.port)
     ray = PrivateRay(num_cpus=available_cores(), dashboard=options.dashboard)
     watch = _Signals(ray.abandon)

@@ -5,6 +5,7 @@ into what they index. What only the receiver knows (its pages, its vocabulary) i
 """
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ from cluster.shards.fields import (
 from engine.batch import SETTINGS, Batch, Edit, PromptLogprobRow, Samples, StepOutput, StepStats, TokenLogprob
 
 _UNKNOWN_EDIT = Edit()
+_MOST = 2**31 - 1
+"""Of sequences, tokens or pages: the numbers that count them have 32 bits."""
+_least, _greatest = np.minimum.reduce, np.maximum.reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +93,17 @@ def decode(data: bytes) -> Message:
 
 def _batch_fields(batch: Batch) -> list[Any]:
     samples = batch.samples
+    ids = np.array(batch.sequence_ids, I64)
+    longs = (ids, batch.token_ids, batch.positions, samples.rows, samples.positions)
+    ints = (batch.cu_seq_q, batch.context_lens, batch.page_table)
     return [
         batch.step,
-        np.array(batch.sequence_ids, I64).tobytes(),
-        bytes_of(batch.token_ids, I64),
-        bytes_of(batch.positions, I64),
-        bytes_of(batch.cu_seq_q, I32),
-        bytes_of(batch.context_lens, I32),
+        len(ids),
+        len(batch.token_ids),
+        len(samples),
         batch.page_table.shape[1],
-        bytes_of(batch.page_table, I32),
-        bytes_of(samples.rows, I64),
-        bytes_of(samples.positions, I64),
+        b"".join([bytes_of(numbers, I64) for numbers in longs]),
+        b"".join([bytes_of(numbers, I32) for numbers in ints]),
         bytes_of(samples.settings, SETTINGS),
         [[index, *_edit_fields(edit)] for index, edit in samples.edits.items()],
         [[index, top] for index, top in samples.logprobs.items()],
@@ -147,60 +151,57 @@ def without_edits(batch: Batch) -> Batch:
 
 def _read_batch(
     step: Any,
-    sequence_ids: Any,
-    token_ids: Any,
-    positions: Any,
-    cu_seq_q: Any,
-    context_lens: Any,
+    num_sequences: Any,
+    num_tokens: Any,
+    num_rows: Any,
     width: Any,
-    page_table: Any,
-    rows: Any,
-    sample_positions: Any,
+    longs: Any,
+    ints: Any,
     settings: Any,
     edits: Any,
     logprobs: Any,
     prompt_logprobs: Any,
 ) -> Batch:
-    ids = array(sequence_ids, I64)
-    count = len(ids)
-    tokens, ends = array(token_ids, I64), array(cu_seq_q, I32, count + 1)
-    lengths = ends[1:].astype(np.int64) - ends[:-1]
-    if not count or ends[0] != 0 or ends[-1] != len(tokens) or lengths.min() < 1:
-        raise WireError(f"{count} sequences whose tokens begin at {ends[:4].tolist()}..., of {len(tokens)} tokens")
-    contexts = array(context_lens, I32, count)
-    if (contexts < lengths).any():
+    # Each rank reads this before it computes, with caches that its weights have emptied: few operations, each on all
+    # numbers of a kind, are what makes it quick.
+    count, tokens, rows, columns = (whole(value, _MOST) for value in (num_sequences, num_tokens, num_rows, width))
+    ids, token_ids, positions, which, drawn_at = _parts(longs, I64, (count, tokens, tokens, rows, rows))
+    ends, contexts, table = _parts(ints, I32, (count + 1, count, count * columns))
+    lengths = ends[1:] - ends[:-1]
+    if not count or ends[0] != 0 or ends[-1] != tokens or _least(lengths) < 1:
+        raise WireError(f"{count} sequences whose tokens begin at {ends[:4].tolist()}..., of {tokens} tokens")
+    if _least(contexts - lengths) < 0:
         raise WireError("a sequence attends to fewer keys than it has tokens")
-    columns = whole(width, 2**31 - 1)
-    table = array(page_table, I32, count * columns).reshape(count, columns)
-    if table.size and table.min() < 0:
-        raise WireError("a page below 0")
+    if rows and _greatest(which) >= count:
+        raise WireError(f"a token is to be drawn for a sequence beyond the {count} of the batch")
+    edited = [_read_edit(rows, *record(fields, 11)) for fields in items(edits)]
+    reported = [record(fields, 2) for fields in items(logprobs)]
     return Batch(
         step=whole(step),
         sequence_ids=tuple(ids.tolist()),
-        token_ids=tokens,
-        positions=array(positions, I64, len(tokens)),
+        token_ids=token_ids,
+        positions=positions,
         cu_seq_q=ends,
         context_lens=contexts,
-        page_table=table,
-        samples=_read_samples(count, rows, sample_positions, settings, edits, logprobs),
+        page_table=table.reshape(count, columns),
+        samples=Samples(
+            rows=which,
+            positions=drawn_at,
+            settings=array(settings, SETTINGS, rows),
+            edits=distinct(edited),
+            logprobs=distinct([(index_in(index, rows), whole(top)) for index, top in reported]),
+        ),
         prompt_logprobs=tuple(_read_prompt_row(row, lengths) for row in items(prompt_logprobs)),
     )
 
 
-def _read_samples(num_sequences: int, rows: Any, positions: Any, settings: Any, edits: Any, logprobs: Any) -> Samples:
-    which = array(rows, I64)
-    count = len(which)
-    if count and not (which.min() >= 0 and which.max() < num_sequences):
-        raise WireError(f"a token is to be drawn for a sequence beyond the {num_sequences} of the batch")
-    edited = [_read_edit(count, *record(fields, 11)) for fields in items(edits)]
-    reported = [record(fields, 2) for fields in items(logprobs)]
-    return Samples(
-        rows=which,
-        positions=array(positions, I64, count),
-        settings=array(settings, SETTINGS, count),
-        edits=distinct(edited),
-        logprobs=distinct([(index_in(index, count), whole(top)) for index, top in reported]),
-    )
+def _parts(value: Any, dtype: np.dtype[Any], lengths: tuple[int, ...]) -> list[Array]:
+    """Arrays that were written one behind the other, none of whose numbers is below 0."""
+    numbers = array(value, dtype, sum(lengths))
+    if len(numbers) and _least(numbers) < 0:
+        raise WireError(f"a number below 0 among {lengths}")
+    ends = accumulate(lengths)
+    return [numbers[end - length : end] for length, end in zip(lengths, ends, strict=True)]
 
 
 def _read_edit(
@@ -292,7 +293,7 @@ def _read_logprob(fields: Any) -> TokenLogprob:
 
 
 _KINDS: tuple[Kind[Message], ...] = (
-    ("Batch", 14, _read_batch),
+    ("Batch", 11, _read_batch),
     ("StepOutput", 6, _read_output),
     ("Beat", 2, lambda finished, waited_s: Beat(whole(finished), real(waited_s))),
     ("Fault", 2, lambda reason, is_victim: Fault(text(reason), truth(is_victim))),
