@@ -9,17 +9,20 @@ Ranks have one thread each, so that two ranks and one with two threads have the 
   of the two waiting. At steady load: as one request ends the next begins. Tokens are those that were run, of prompts
   and of outputs; bubbles are the share of the time in which a stage had nothing to run. Batches are large because two
   stages that only read weights share the memory's bandwidth: a core alone may take nearly all of it.
-- `dispatch`: until both ranks have a batch that the group sends them (`benchmarks.dispatch`).
+- `dispatch`: until both ranks have a batch that the group sends them, and until 8 ranks on 4 hosts do, which are
+  network namespaces of this machine (`benchmarks.dispatch`).
 - `mixture`: routing by a table against one-hot dispatch (`benchmarks.routing`), and whether experts that are dealt out
   to two ranks draw the tokens that one rank draws.
 
-Of each group also how long it takes to be there, with the files in the page cache, and what each rank needs in memory.
+Of each group also how long it takes to be there, with the files in the page cache, and what each rank needs in memory
+on top of its share: its weights, and the pages that sequences were given.
 Sides take turns; medians count. To be run with nothing else on the machine.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +98,7 @@ class Report:
             self.say(
                 f"{kind} rank {rank}: {_mebibytes(memory.weights)} of weights, loaded with "
                 f"{memory.loading_overhead:.1%} on top; in the end {_mebibytes(grown)} beyond the "
-                f"{_mebibytes(memory.before)} of an empty process, with up to {_mebibytes(memory.pages)} of pages"
+                f"{_mebibytes(memory.before)} of an empty process, with {_mebibytes(memory.pages)} of pages in use"
             )
         self.details[f"{kind} memory"] = [asdict(memory) for memory in found]
         worst = max(max(memory.loading_overhead, memory.overhead) for memory in found)
@@ -153,10 +156,17 @@ class Measurement:
             group.close()
 
     def dispatch(self) -> None:
-        times = dispatch.measure(RANKS, BATCH, context=256, steps=500, pause_s=0.005)
+        times = dispatch.measure(dispatch.one_host(RANKS), BATCH, context=256, steps=500, pause_s=0.005)
         last = statistics.median(each.last for each in times) / 1000
         self.report.details["dispatch"] = last
         self.report.at_most("dispatch: both ranks have the batch, p50", last, "ms", 0.3)
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "found.json"
+            sizes = ["--ranks", "8", "--hosts", "4", "--sequences", str(BATCH), "--context", "256"]
+            if dispatch.over_hosts([*sizes, "--json", str(found)]) == 0:
+                (line,) = json.loads(found.read_text())
+                self.report.details["dispatch over hosts"] = line
+                self.report.at_most("dispatch: 8 ranks on 4 hosts have it, p50", line["last"] / 1000, "ms", 1.0)
 
     def mixture(self) -> None:
         ratios = mixtures.routing_ratios(available_cores(), self.rounds)
@@ -175,7 +185,9 @@ class Measurement:
             self.report.at_least(f"pipeline: two batches in flight to {name}", deep / speed, "x", 1.6)
         shares = zip(*(one.bubbles for one in found[DEEP]), strict=True)
         bubbles = [statistics.median(each) for each in shares]
-        self.report.at_most("pipeline: bubbles, mean of the stages", statistics.mean(bubbles), "%", 0.1)
+        shown = ", ".join(f"{share:.1%}" for share in bubbles)
+        self.report.say(f"bubbles of the stages: {shown}; mean {statistics.mean(bubbles):.1%}")
+        self.report.at_most("pipeline: bubbles, worst stage", max(bubbles), "%", 0.1)
 
     def _say_round(self, number: int, found: dict[str, str]) -> None:
         self.report.say(f"round {number}: " + "; ".join(f"{name}: {text}" for name, text in found.items()))

@@ -71,7 +71,7 @@ class RankMemory:
     loading: int
     """The most that loading them took beyond `before`."""
     pages: int
-    """Of keys and values, that it may come to hold."""
+    """Of keys and values, that sequences were ever given. There are more, which take no memory before that."""
     peak: int
     """The most that was resident at any time after `before` (VmHWM)."""
 
@@ -82,7 +82,7 @@ class RankMemory:
 
     @property
     def overhead(self) -> float:
-        """What it took in the end on top of weights and pages, as a share of them."""
+        """What it took in the end on top of its share, which is the weights and the pages that sequences were given."""
         return (self.peak - self.before) / (self.weights + self.pages) - 1
 
 
@@ -106,6 +106,8 @@ class AtDepth:
         self.depth = depth
         self.num_tokens = 0
         """Of all batches that are back."""
+        self.num_pages = 0
+        """That sequences were ever given: a pool gives pages that never were from the lowest on."""
         self._group = group
         self._tokens: deque[int] = deque()
 
@@ -116,6 +118,7 @@ class AtDepth:
     def submit(self, batch: Batch) -> None:
         self._group.submit(batch)
         self._tokens.append(batch.num_tokens)
+        self.num_pages = max(self.num_pages, int(batch.page_table.max(initial=-1)) + 1)
 
     def collect(self) -> StepOutput:
         output = self._group.collect()
@@ -143,6 +146,7 @@ class RankGroup:
         places = cut(parallel, split) if split else places_of(parallel, load_spec(path))
         self.layers = tuple(len(place.layers) for place in places if place.tensor.rank == 0)
         """Of each stage."""
+        self._executors: list[AtDepth] = []
         self._notes = tempfile.TemporaryDirectory(prefix="manta-ranks-")
         began = time.perf_counter()
         load = partial(load_noting_memory, self._notes.name)
@@ -163,6 +167,7 @@ class RankGroup:
         from engine.scheduler import Scheduler
 
         facts, executor = self._group.facts[0], AtDepth(self._group, depth)
+        self._executors.append(executor)
         # Of a benchmark nobody waits for single tokens.
         config = SchedulerConfig(max_sequences=sequences, max_stall_s=None)
         scheduler = Scheduler(config, PagePool(self._kv.num_pages), facts.page_tokens, depth=depth)
@@ -180,7 +185,7 @@ class RankGroup:
         for rank, (where, facts) in enumerate(zip(self._group.where, self._group.facts, strict=True)):
             before, loading = json.loads((Path(self._notes.name) / f"rank{rank}.json").read_text())
             _, peak = processes.memory(where.pid)
-            pages = self._kv.num_pages * facts.page_bytes
+            pages = max((each.num_pages for each in self._executors), default=0) * facts.page_bytes
             found.append(RankMemory(before, facts.weight_bytes, loading, pages, peak))
         return found
 

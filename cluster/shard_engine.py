@@ -11,7 +11,8 @@ from pathlib import Path
 from cluster.config import ParallelConfig
 from cluster.shard import RankLoader
 from cluster.shard_group import GroupOrder, ShardGroup
-from cluster.shards.cut import check_degrees, places_of, plan_group
+from cluster.shards.cut import places_of, plan_group
+from cluster.shards.cuttable import cuttable_spec
 from cluster.shards.placement import Amounts
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -19,7 +20,6 @@ from engine.kv.keys import root_key
 from engine.kv.pages import PagePool
 from engine.kv.tier import TierFactory
 from engine.limits import Limits
-from engine.models.directory import load_spec
 from engine.models.source import resolve_model
 from engine.scheduler import Scheduler
 
@@ -44,9 +44,7 @@ def build_sharded_engine(
     """
     began = time.monotonic()
     path = resolve_model(config.model, config.revision)
-    spec = load_spec(path)
-    check_degrees(spec, parallel)
-    places = places_of(parallel, spec)
+    places = places_of(parallel, cuttable_spec(path, config, parallel))
     group = ShardGroup(GroupOrder(name, config, parallel, places, load, each, prepare, make_tier))
     engine = engine_over(group, config, path)
     logger.info(

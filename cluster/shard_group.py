@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from cluster.shard import RankLoader, ShardActor, Whereabouts, is_victim, reason
 from cluster.shards.channel import ChannelClosed, GroupChannel
 from cluster.shards.placement import Amounts, Bundles, NoRoom, bundle_of, lay_bundles, refusal
 from cluster.shards.tier import GroupTier
-from cluster.shards.watch import BEAT_S, Loss, Watch
+from cluster.shards.watch import BEAT_S, LOADING_SILENCE_S, Loss, Watch
+from cluster.shards.wire import without_edits
 from engine.batch import Batch, StepOutput
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -80,6 +81,8 @@ class GroupOrder:
     """The first that each rank does in its process."""
     make_tier: TierFactory | None = None
     """Where each rank's pages overflow to; None for nowhere. Importable there, too."""
+    loading_silence_s: float = LOADING_SILENCE_S
+    """After which a rank that says nothing is lost while it loads and gets ready."""
 
     @property
     def depth(self) -> int:
@@ -102,7 +105,8 @@ class ShardGroup:
         """File descriptors of those of this node (pidfd_open(2)): unlike a process id, each stays what it is."""
         self._channel: GroupChannel | None = None
         self._serving: list[Any] = []
-        self._uncollected: deque[int] = deque()
+        self._uncollected: deque[tuple[int, dict[int, str]]] = deque()
+        """Steps in flight, with the rows that fail whatever is drawn for them."""
         self.tier: GroupTier | None = None
         """Where pages of the whole group overflow to, once it has started; for the thread that owns it."""
         self._ending = threading.Lock()
@@ -112,6 +116,7 @@ class ShardGroup:
             self._where = self._ask_all([actor.whereabouts.remote() for actor in self._actors])
             self._processes = self._open_processes()
             self._channel = channel = self._open_channel()
+            channel.expect(order.loading_silence_s)
             first = self._where[0]
             host = f"[{first.address}]" if ":" in first.address else first.address
             self.facts: list[RankFacts] = self._ask_all(
@@ -125,7 +130,7 @@ class ShardGroup:
             raise
 
     def start(self, num_pages: int) -> None:
-        """Has every rank make so many pages, and begins to watch over them. Raises as the constructor does."""
+        """Has every rank make so many pages, and from then on watches them closely. Raises as the constructor does."""
         assert self._channel is not None
         try:
             self._ask_all([actor.start.remote(num_pages, self._order.make_tier) for actor in self._actors])
@@ -162,14 +167,19 @@ class ShardGroup:
         return self._channel.waited_s
 
     def submit(self, batch: Batch) -> None:
-        """Raises ShardLost."""
+        """Raises ShardLost. Rows whose edits are too large to send fail, and the rest of the batch is run."""
         assert self._channel is not None
         assert len(self._uncollected) < self.depth, "submit() without collect()"
+        failed: dict[int, str] = {}
         try:
-            self._channel.send(batch)
+            try:
+                self._channel.send(batch)
+            except WireError as error:
+                self._channel.send(without_edits(batch))
+                failed = dict.fromkeys(batch.samples.edits, f"what is asked of its logits cannot be sent: {error}")
         except ChannelClosed:
             raise self._lost() from None
-        self._uncollected.append(batch.step)
+        self._uncollected.append((batch.step, failed))
 
     def collect(self) -> StepOutput:
         """Raises ShardLost, in less than 2 s from when a rank has died or was stopped."""
@@ -178,10 +188,10 @@ class ShardGroup:
             output = self._channel.receive()
         except ChannelClosed:
             raise self._lost() from None
-        expected = self._uncollected.popleft()
+        expected, failed = self._uncollected.popleft()
         if not isinstance(output, StepOutput) or output.step != expected:
             raise WireError(f"step {expected} was to come back, and {output!r:.60} did")
-        return output
+        return replace(output, failed={**output.failed, **failed}) if failed else output
 
     def close(self) -> None:
         """Ends all ranks, and gives back all that was reserved and opened for them."""
@@ -218,7 +228,7 @@ class ShardGroup:
     def _reserve(self) -> Any:
         """A place of our own, for a group that is not in a replica's. Raises NoRoom."""
         order = self._order
-        lay_bundles(order.parallel, order.each, living_nodes(free=False))
+        lay_bundles(order.parallel, order.each, living_nodes(free=False), totals=True)
         laid = self._laid_within(PLACEMENT_TIMEOUT_S / 2)
         self._own_place = placement_group(
             list(laid.resources),
@@ -279,6 +289,9 @@ class ShardGroup:
                 except ray.exceptions.RayTaskError as error:
                     errors[rank] = error.cause if isinstance(error.cause, Exception) else error
                     watch.fault(rank, reason_of(errors[rank]), is_victim=is_victim(errors[rank]))
+            # First: all others have been ended since, and what they answer is that.
+            if (failure := self.failure) is not None:
+                raise failure
             if (loss := watch.verdict()) is not None:
                 cause = errors[loss.rank]
                 raise cause if isinstance(cause, ModelError | ValueError) else self._blame(loss)

@@ -7,6 +7,7 @@ run finish first, for a while.
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import time
@@ -17,14 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from cluster.shards.cut import check_degrees
+from cluster.shards.cuttable import cuttable_spec
 from cluster.shards.placement import NoRoom
 from deployments.cli.errors import CommandError, ExitCode
 from deployments.config import AppConfig
 from deployments.model_check import check_model
 from deployments.private_ray import PrivateRay
 from engine.machine import available_cores
-from engine.models.directory import channel_unit, load_spec
 from engine.models.source import BUILT_IN
 
 APPLICATION = "default"
@@ -33,6 +33,10 @@ STATUS_EVERY = 5
 """Polls of the endpoint for each look at Serve's status, which costs a call to the controller."""
 DRAIN_MARGIN_S = 5.0
 """How much longer the gateways may take to answer that they have drained."""
+_BAD_INPUT = ("engine.errors.ModelError", "cluster.shards.placement.NoRoom")
+_TRACEBACK = "Traceback (most recent call last):"
+_FRAME = re.compile(r'  File "')
+_EXCEPTION = re.compile(r"[\w.]*[A-Z]\w*: ")
 
 Say = Callable[[str], None]
 
@@ -59,8 +63,7 @@ def launch(config: AppConfig, options: LaunchOptions, say: Say) -> None:
     exit code 130 when interrupted before it began.
     """
     config = _absolute(config)
-    path, engine = check_model(config.engine), config.engine
-    check_degrees(load_spec(path), config.parallel, channel_unit(path, engine.quantization, engine.quantization_group))
+    cuttable_spec(check_model(config.engine), config.engine, config.parallel)
     check_port(options.host, options.port)
     ray = PrivateRay(num_cpus=available_cores(), dashboard=options.dashboard)
     watch = _Signals(ray.abandon)
@@ -170,14 +173,31 @@ def _check_status() -> None:
 def failure_of(message: str) -> CommandError:
     """The one line of a failed deployment's message that says why, and the exit code that goes with it.
 
-    Serve's message holds the traceback of the constructor that raised; its last line is the exception.
+    Serve's message holds the traceback of the constructor that raised, inside that of Serve's own error: the reason is
+    the exception that the last frame is followed by.
     """
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    for line in reversed(lines):
-        if line.startswith("engine.errors.ModelError: "):
-            return CommandError(line.removeprefix("engine.errors.ModelError: "), ExitCode.BAD_INPUT)
-    raised = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
-    return CommandError(f"the model could not be served: {(raised or lines or ['no reason given'])[-1]}")
+    for line in reversed(message.splitlines()):
+        name, _, reason = line.strip().partition(": ")
+        if name in _BAD_INPUT:
+            return CommandError(reason, ExitCode.BAD_INPUT)
+    name, _, reason = _exception_line(message).partition(": ")
+    kind = name.rpartition(".")[2] if reason else name
+    return CommandError(f"the model could not be served: {kind}{': ' if reason else ''}{reason}")
+
+
+def _exception_line(message: str) -> str:
+    lines = [line.rstrip() for line in message.splitlines() if line.strip()]
+    after_frames, named = [], []
+    in_frames = False
+    for line in lines:
+        if _FRAME.match(line):
+            in_frames = True
+        elif not line.startswith(" "):
+            if not line.endswith(_TRACEBACK):
+                after_frames += [line] if in_frames else []
+                named += [line] if _EXCEPTION.match(line) else []
+            in_frames = False
+    return (after_frames or named or lines or ["no reason given"])[-1].strip()
 
 
 def _answers(url: str) -> bool:

@@ -41,14 +41,22 @@ def check_model(config: EngineConfig) -> Path:
 
 def may_have_gpu() -> bool:
     """False where torch cannot see a GPU: its build has no use for one, or the CUDA driver is missing or sees none."""
-    try:
-        build = version("torch").partition("+")[2]
-    except PackageNotFoundError:
-        return True  # installed in a way of its own
-    if build == "cpu":
-        return False
     # Builds for other GPUs go by the name of "cuda" too, and ask another driver.
-    return build.startswith("rocm") or _num_cuda_devices() > 0
+    build = _torch_build()
+    return build is None or build.startswith("rocm") or (build != "cpu" and _num_cuda_devices() > 0)
+
+
+def torch_is_for_gpus() -> bool:
+    """Whether torch's build can compute on a GPU, wherever there is one."""
+    return _torch_build() != "cpu"
+
+
+def _torch_build() -> str | None:
+    """What torch was built for, empty where it does not say; None where it was installed in a way of its own."""
+    try:
+        return version("torch").partition("+")[2]
+    except PackageNotFoundError:
+        return None
 
 
 def _num_cuda_devices() -> int:

@@ -21,7 +21,8 @@ import zmq
 from cluster.kv.wire import WireError
 from cluster.shards.door import Door, Doors
 from cluster.shards.watch import BEAT_S, Loss, Watch
-from cluster.shards.wire import Alive, Beat, Fault, Message, decode, encode
+from cluster.shards.wire import Alive, Beat, Fault, Message, decode, encode, without_edits
+from engine.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,13 @@ class GroupChannel:
         """Seconds, in all, that each rank had nothing to run, as far as is known."""
         return self._watch.waited_s
 
+    def expect(self, silence: float) -> None:
+        """From now on each rank is to connect and to beat: one that is silent for so many seconds is lost."""
+        self._tell(lambda: self._watch.arm(silence))
+
     def arm(self) -> None:
-        """Returns once each rank is connected; from then on one that is silent is lost. Raises ChannelClosed.
+        """Returns once each rank is connected; from then on one that is silent for a moment is lost. Raises
+        ChannelClosed.
 
         Nothing is sent before: it would be lost on whoever is not there yet.
         """
@@ -99,13 +105,16 @@ class GroupChannel:
         self._tell(lambda: self._watch.gone(rank, reason))
 
     def send(self, message: Message) -> None:
-        """To all ranks, each once. Raises ChannelClosed when a rank is lost, or takes nothing more, and WireError."""
+        """To all ranks, each once; of a batch's edits all but the answering one learn only where they are. Raises
+        ChannelClosed when a rank is lost, or takes nothing more, and WireError before anything is sent."""
         if self.loss is not None or self._closed:
             raise ChannelClosed
-        data = encode(message)
+        whole = rest = encode(message)
+        if isinstance(message, Batch) and message.samples.edits:
+            rest = encode(without_edits(message))
         for rank, socket in enumerate(self._doors.work):
             try:
-                socket.send(data, zmq.NOBLOCK)
+                socket.send(whole if socket is self._answers else rest, zmq.NOBLOCK)
             except zmq.Again:
                 self._give_up(rank, "it takes no more messages")
 

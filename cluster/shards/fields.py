@@ -18,7 +18,8 @@ MAX_BYTES = 256 * 2**20
 MAX_TEXT = 4096
 _LARGEST = 2**63 - 1
 
-I64, I32, F64, F32 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("<f8"), np.dtype("<f4")
+I64, I32, U8 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("u1")
+F64, F32 = np.dtype("<f8"), np.dtype("<f4")
 Array = NDArray[Any]
 M = TypeVar("M")
 Kind = tuple[str, int, Callable[..., M]]

@@ -50,8 +50,11 @@ def bundle_of(rank: int, ranks: int, bundles: int) -> int:
     return rank * bundles // ranks
 
 
-def lay_bundles(config: ParallelConfig, each: Amounts, nodes: Sequence[NodeRoom], copies: int = 1) -> Bundles:
-    """The bundles of each of so many replicas whose ranks take `each`.
+def lay_bundles(
+    config: ParallelConfig, each: Amounts, nodes: Sequence[NodeRoom], copies: int = 1, *, totals: bool = False
+) -> Bundles:
+    """The bundles of each of so many replicas whose ranks take `each`. `totals`: what is said to be free of the nodes
+    is all that they have.
 
     With no node known nothing is refused: stages are then taken to fit. Raises NoRoom.
     """
@@ -61,7 +64,7 @@ def lay_bundles(config: ParallelConfig, each: Amounts, nodes: Sequence[NodeRoom]
     for bundles in candidates:
         if fits(bundles, nodes, copies):
             return bundles
-    raise NoRoom(refusal(config, each, nodes, copies))
+    raise NoRoom(refusal(config, each, nodes, copies, totals=totals))
 
 
 def _by_stage(config: ParallelConfig, each: Amounts) -> Bundles:
@@ -117,8 +120,10 @@ def _place(bundles: Bundles, nodes: Sequence[NodeRoom], left: list[dict[str, flo
     return True
 
 
-def refusal(config: ParallelConfig, each: Amounts, nodes: Sequence[NodeRoom], copies: int = 1) -> str:
-    """What is asked, what is free and where, and the nearest layouts for which there is room."""
+def refusal(
+    config: ParallelConfig, each: Amounts, nodes: Sequence[NodeRoom], copies: int = 1, *, totals: bool = False
+) -> str:
+    """What is asked, what is free or there at all, and where, and the nearest layouts for which there is room."""
     asked = Layout(config.tensor, config.pipeline, config.expert)
     wish = f"{asked} is {_count(config.ranks, 'rank')} of {_amounts(each)} each"
     if copies > 1:
@@ -131,7 +136,7 @@ def refusal(config: ParallelConfig, each: Amounts, nodes: Sequence[NodeRoom], co
     close = nearest(config, each, nodes, copies)
     nothing = "not even one rank fits" if copies == 1 else "not even one rank of each fits"
     works = f"nearest layouts that fit: {', '.join(map(str, close))}" if close else nothing
-    return f"there is no room: {wish}. Free: {there}; {works}"
+    return f"there is no room: {wish}. {'In all' if totals else 'Free'}: {there}; {works}"
 
 
 def nearest(config: ParallelConfig, each: Amounts, nodes: Sequence[NodeRoom], copies: int = 1) -> tuple[Layout, ...]:

@@ -12,6 +12,8 @@ BEAT_S = 0.25
 """Between two beats of a rank."""
 SILENCE_S = 1.5
 """After which a rank that says nothing is lost."""
+LOADING_SILENCE_S = 30.0
+"""The same while ranks load and get ready: imports and first touches of memory may keep a process from all else."""
 QUIET_S = 0.75
 """After which it may well be."""
 GRACE_S = 0.2
@@ -35,6 +37,7 @@ class Watch:
     def __init__(self, ranks: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._looked = clock()
+        self._silence = SILENCE_S
         self._heard: dict[int, float] = {}
         """Ranks that are to be heard, with when they last were."""
         self._finished = [0] * ranks
@@ -57,8 +60,9 @@ class Watch:
         """Seconds that each rank had nothing to run, by its latest beat."""
         return tuple(self._waited_s)
 
-    def arm(self) -> None:
-        """From now on each rank is to be heard: until then, it may be too busy loading."""
+    def arm(self, silence: float = SILENCE_S) -> None:
+        """From now on each rank is to be heard, and is lost when it says nothing for so many seconds."""
+        self._silence = silence
         self._heard = dict.fromkeys(range(len(self._finished)), self._clock())
 
     def beat(self, rank: int, finished: int, waited_s: float) -> None:
@@ -82,7 +86,7 @@ class Watch:
         """The loss, once its cause is as clear as it will be. Is to be asked every BEAT_S or so."""
         now = self._clock()
         self._forgive_own_absence(now)
-        silent = self._silent_for(SILENCE_S, now)
+        silent = self._silent_for(self._silence, now)
         if not (self._faults or self._gone or silent):
             return None
         if self._since is None:

@@ -4,7 +4,8 @@ Knows no sockets. What comes from the other side is checked here for its form: l
 into what they index. What only the receiver knows (its pages, its vocabulary) is the receiver's to check.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from cluster.shards.fields import (
     I32,
     I64,
     MAX_TEXT,
+    U8,
+    Array,
     Kind,
     array,
     bytes_of,
@@ -31,6 +34,11 @@ from cluster.shards.fields import (
     whole,
 )
 from engine.batch import SETTINGS, Batch, Edit, PromptLogprobRow, Samples, StepOutput, StepStats, TokenLogprob
+
+_UNKNOWN_EDIT = Edit()
+_MOST = 2**31 - 1
+"""Of sequences, tokens or pages: the numbers that count them have 32 bits."""
+_least, _greatest = np.minimum.reduce, np.maximum.reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +93,17 @@ def decode(data: bytes) -> Message:
 
 def _batch_fields(batch: Batch) -> list[Any]:
     samples = batch.samples
+    ids = np.array(batch.sequence_ids, I64)
+    longs = (ids, batch.token_ids, batch.positions, samples.rows, samples.positions)
+    ints = (batch.cu_seq_q, batch.context_lens, batch.page_table)
     return [
         batch.step,
-        np.array(batch.sequence_ids, I64).tobytes(),
-        bytes_of(batch.token_ids, I64),
-        bytes_of(batch.positions, I64),
-        bytes_of(batch.cu_seq_q, I32),
-        bytes_of(batch.context_lens, I32),
+        len(ids),
+        len(batch.token_ids),
+        len(samples),
         batch.page_table.shape[1],
-        bytes_of(batch.page_table, I32),
-        bytes_of(samples.rows, I64),
-        bytes_of(samples.positions, I64),
+        b"".join([bytes_of(numbers, I64) for numbers in longs]),
+        b"".join([bytes_of(numbers, I32) for numbers in ints]),
         bytes_of(samples.settings, SETTINGS),
         [[index, *_edit_fields(edit)] for index, edit in samples.edits.items()],
         [[index, top] for index, top in samples.logprobs.items()],
@@ -105,74 +113,95 @@ def _batch_fields(batch: Batch) -> list[Any]:
 
 def _edit_fields(edit: Edit) -> list[Any]:
     return [
-        bytes_of(edit.bias_ids, I64),
+        _id_bytes(edit.bias_ids),
         bytes_of(edit.bias, F32),
-        None if edit.allowed is None else bytes_of(edit.allowed, I64),
-        bytes_of(edit.banned, I64),
+        *((None, None) if edit.allowed is None else _set_fields(edit.allowed)),
+        _id_bytes(edit.banned),
         float(edit.repetition_penalty),
         float(edit.frequency_penalty),
         float(edit.presence_penalty),
-        bytes_of(edit.seen, I64),
+        _id_bytes(edit.seen),
         bytes_of(edit.counts, F32),
     ]
 
 
+def _id_bytes(ids: Array) -> bytes:
+    """Token ids, which no vocabulary needs more than 32 bits for."""
+    narrow = ids.astype(I32)
+    if ids.dtype != I64 or not np.array_equal(narrow, ids):
+        raise WireError(f"{len(ids)} token ids of {ids.dtype}, one of which has no place in 32 bits")
+    return narrow.tobytes()
+
+
+def _set_fields(ids: Array) -> tuple[bytes | None, bytes | None]:
+    """Token ids one by one, or a bit for each up to the last of them, whichever is shorter; ids that are not in
+    ascending order are listed, to arrive in theirs."""
+    if not len(ids) or ids[0] < 0 or ids[-1] // 8 >= I32.itemsize * len(ids) or not (ids[1:] > ids[:-1]).all():
+        return _id_bytes(ids), None
+    bits = np.zeros(int(ids[-1]) + 1, np.bool_)
+    bits[ids] = True
+    return None, np.packbits(bits, bitorder="little").tobytes()
+
+
+def without_edits(batch: Batch) -> Batch:
+    """For whoever does not draw: that rows are edited is what counts there, and not how."""
+    edits = dict.fromkeys(batch.samples.edits, _UNKNOWN_EDIT)
+    return replace(batch, samples=replace(batch.samples, edits=edits)) if edits else batch
+
+
 def _read_batch(
     step: Any,
-    sequence_ids: Any,
-    token_ids: Any,
-    positions: Any,
-    cu_seq_q: Any,
-    context_lens: Any,
+    num_sequences: Any,
+    num_tokens: Any,
+    num_rows: Any,
     width: Any,
-    page_table: Any,
-    rows: Any,
-    sample_positions: Any,
+    longs: Any,
+    ints: Any,
     settings: Any,
     edits: Any,
     logprobs: Any,
     prompt_logprobs: Any,
 ) -> Batch:
-    ids = array(sequence_ids, I64)
-    count = len(ids)
-    tokens, ends = array(token_ids, I64), array(cu_seq_q, I32, count + 1)
-    lengths = ends[1:].astype(np.int64) - ends[:-1]
-    if not count or ends[0] != 0 or ends[-1] != len(tokens) or lengths.min() < 1:
-        raise WireError(f"{count} sequences whose tokens begin at {ends[:4].tolist()}..., of {len(tokens)} tokens")
-    contexts = array(context_lens, I32, count)
-    if (contexts < lengths).any():
+    # Each rank reads this before it computes, with caches that its weights have emptied: few operations, each on all
+    # numbers of a kind, are what makes it quick.
+    count, tokens, rows, columns = (whole(value, _MOST) for value in (num_sequences, num_tokens, num_rows, width))
+    ids, token_ids, positions, which, drawn_at = _parts(longs, I64, (count, tokens, tokens, rows, rows))
+    ends, contexts, table = _parts(ints, I32, (count + 1, count, count * columns))
+    lengths = ends[1:] - ends[:-1]
+    if not count or ends[0] != 0 or ends[-1] != tokens or _least(lengths) < 1:
+        raise WireError(f"{count} sequences whose tokens begin at {ends[:4].tolist()}..., of {tokens} tokens")
+    if _least(contexts - lengths) < 0:
         raise WireError("a sequence attends to fewer keys than it has tokens")
-    columns = whole(width, 2**31 - 1)
-    table = array(page_table, I32, count * columns).reshape(count, columns)
-    if table.size and table.min() < 0:
-        raise WireError("a page below 0")
+    if rows and _greatest(which) >= count:
+        raise WireError(f"a token is to be drawn for a sequence beyond the {count} of the batch")
+    edited = [_read_edit(rows, *record(fields, 11)) for fields in items(edits)]
+    reported = [record(fields, 2) for fields in items(logprobs)]
     return Batch(
         step=whole(step),
         sequence_ids=tuple(ids.tolist()),
-        token_ids=tokens,
-        positions=array(positions, I64, len(tokens)),
+        token_ids=token_ids,
+        positions=positions,
         cu_seq_q=ends,
         context_lens=contexts,
-        page_table=table,
-        samples=_read_samples(count, rows, sample_positions, settings, edits, logprobs),
+        page_table=table.reshape(count, columns),
+        samples=Samples(
+            rows=which,
+            positions=drawn_at,
+            settings=array(settings, SETTINGS, rows),
+            edits=distinct(edited),
+            logprobs=distinct([(index_in(index, rows), whole(top)) for index, top in reported]),
+        ),
         prompt_logprobs=tuple(_read_prompt_row(row, lengths) for row in items(prompt_logprobs)),
     )
 
 
-def _read_samples(num_sequences: int, rows: Any, positions: Any, settings: Any, edits: Any, logprobs: Any) -> Samples:
-    which = array(rows, I64)
-    count = len(which)
-    if count and not (which.min() >= 0 and which.max() < num_sequences):
-        raise WireError(f"a token is to be drawn for a sequence beyond the {num_sequences} of the batch")
-    edited = [_read_edit(count, *record(fields, 10)) for fields in items(edits)]
-    reported = [record(fields, 2) for fields in items(logprobs)]
-    return Samples(
-        rows=which,
-        positions=array(positions, I64, count),
-        settings=array(settings, SETTINGS, count),
-        edits=distinct(edited),
-        logprobs=distinct([(index_in(index, count), whole(top)) for index, top in reported]),
-    )
+def _parts(value: Any, dtype: np.dtype[Any], lengths: tuple[int, ...]) -> list[Array]:
+    """Arrays that were written one behind the other, none of whose numbers is below 0."""
+    numbers = array(value, dtype, sum(lengths))
+    if len(numbers) and _least(numbers) < 0:
+        raise WireError(f"a number below 0 among {lengths}")
+    ends = accumulate(lengths)
+    return [numbers[end - length : end] for length, end in zip(lengths, ends, strict=True)]
 
 
 def _read_edit(
@@ -181,6 +210,7 @@ def _read_edit(
     bias_ids: Any,
     bias: Any,
     allowed: Any,
+    allowed_bits: Any,
     banned: Any,
     repetition_penalty: Any,
     frequency_penalty: Any,
@@ -188,18 +218,30 @@ def _read_edit(
     seen: Any,
     counts: Any,
 ) -> tuple[int, Edit]:
-    biased, history = array(bias_ids, I64), array(seen, I64)
+    biased, history = _read_ids(bias_ids), _read_ids(seen)
     return index_in(index, num_rows), Edit(
         bias_ids=biased,
         bias=array(bias, F32, len(biased)),
-        allowed=None if allowed is None else array(allowed, I64),
-        banned=array(banned, I64),
+        allowed=_read_set(allowed, allowed_bits),
+        banned=_read_ids(banned),
         repetition_penalty=real(repetition_penalty),
         frequency_penalty=real(frequency_penalty),
         presence_penalty=real(presence_penalty),
         seen=history,
         counts=array(counts, F32, len(history)),
     )
+
+
+def _read_ids(value: Any) -> NDArray[np.int64]:
+    return array(value, I32).astype(np.int64)
+
+
+def _read_set(ids: Any, bits: Any) -> NDArray[np.int64] | None:
+    if bits is None:
+        return None if ids is None else _read_ids(ids)
+    if ids is not None:
+        raise WireError("allowed tokens are given twice")
+    return np.flatnonzero(np.unpackbits(array(bits, U8), bitorder="little"))
 
 
 def _read_prompt_row(fields: Any, lengths: NDArray[np.int64]) -> PromptLogprobRow:
@@ -251,7 +293,7 @@ def _read_logprob(fields: Any) -> TokenLogprob:
 
 
 _KINDS: tuple[Kind[Message], ...] = (
-    ("Batch", 14, _read_batch),
+    ("Batch", 11, _read_batch),
     ("StepOutput", 6, _read_output),
     ("Beat", 2, lambda finished, waited_s: Beat(whole(finished), real(waited_s))),
     ("Fault", 2, lambda reason, is_victim: Fault(text(reason), truth(is_victim))),

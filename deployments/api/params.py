@@ -75,7 +75,8 @@ def _params(body: Generate, limit: int, logprobs: int | None, prompt_logprobs: i
         n=body.num_samples,
         max_tokens=limit,
         logit_bias=bias or None,
-        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        # Each once: then they are no more than the vocabulary has, which every step goes through.
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(dict.fromkeys(body.allowed_token_ids)),
         seed=body.seed,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,

@@ -20,8 +20,12 @@ from engine.machine import CoreShare
 from engine.parallel.place import Place
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-TIMEOUT = timedelta(seconds=120)
-"""For the others, to come and then to send: longer than the longest step, shorter than anybody's patience."""
+ARRIVAL_TIMEOUT = timedelta(seconds=120)
+"""For the others to come."""
+TIMEOUT = timedelta(minutes=30)
+"""For the others to take part in what all do: longer than a first step of many tokens may take on a slow machine, which
+is minutes. Ranks that are lost are found by their pulse, in seconds, and their neighbours ended; this is for whoever
+has no group that does so."""
 LOADING_TIMEOUT = timedelta(minutes=30)
 """For the others to read their weights."""
 
@@ -43,15 +47,17 @@ class Meeting:
 
     def __init__(self, place: Place, rendezvous: str, timeout: timedelta = TIMEOUT) -> None:
         """`rendezvous` is "tcp://HOST:PORT"; rank 0 listens there. Raises ValueError for another form, and RanksLost if
-        the others do not come within `timeout`."""
+        the others do not come in time. `timeout` is for all that they do together, and for coming if it is shorter."""
         self.place = place
         self.timeout = timeout
         host, port = _address(rendezvous)
         try:
-            self._store = _open_store(host, port, place, timeout)
+            self._store = _open_store(host, port, place, min(timeout, ARRIVAL_TIMEOUT))
             self._listens_at = _own_address(host, port)
             self.share = self._find_neighbours()
             """This one among the ranks that have its cores."""
+            # From here on some load for longer than others.
+            self._store.set_timeout(timeout)
         except (RuntimeError, OSError) as error:
             raise RanksLost(f"rank {place.rank} of {place.world} met nobody at {rendezvous}: {error}") from error
 

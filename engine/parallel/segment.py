@@ -1,4 +1,4 @@
-"""Memory that the ranks of one host share: a private file that has no name any more once all have mapped it.
+"""Memory that the ranks of one host share: a file without a name, which ends with the last of those that have it.
 
 Ranks find out whether they are on one host by trying: whoever can map the file of rank 0 is. Knows nothing of what the
 memory is used for.
@@ -11,14 +11,17 @@ import re
 import secrets
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-FOLDER = Path("/dev/shm")
-_TOKEN = re.compile(r"[0-9a-f]{32}")
-_PROOF_BYTES = 16
+PROCESSES = Path("/proc")
+"""Where those of this host show what they have open."""
+_NAME = "manta-ranks"
+"""For whoever looks at the memory of this process."""
+_TOKEN = re.compile(r"([0-9]{1,10})/([0-9]{1,10})/([0-9a-f]{32})")
+"""The process that made it, what that has it open as, and what proves that it is that one."""
 _REFUSED, _MAPPED = "refused", "mapped"
 
 
@@ -37,59 +40,61 @@ def share_segment(store: Store, rank: int, size: int, num_bytes: int) -> Tensor 
     made = _create(num_bytes) if rank == 0 else None
     try:
         if rank == 0:
-            store.set("token", "" if made is None else made[0])
-        memory = made[1] if made is not None else _attach(store.get("token").decode(), num_bytes)
+            store.set("token", "" if made is None else made.token)
+        memory = made.memory if made is not None else _attach(store.get("token").decode(), num_bytes)
         store.set(f"mapped/{rank}", _REFUSED if memory is None else _MAPPED)
         answers = [store.get(f"mapped/{other}") for other in range(size)]
     finally:
         if made is not None:
-            _path(made[0]).unlink(missing_ok=True)
+            os.close(made.descriptor)
     if memory is None or _REFUSED.encode() in answers:
         return None
     return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)
 
 
-def _path(token: str) -> Path:
-    """Half of a token names the file, the other half proves that it is that one."""
-    return FOLDER / f"manta-ranks-{token[:16]}"
+class _Made(NamedTuple):
+    token: str
+    memory: mmap.mmap
+    descriptor: int
+    """By which others find it, in /proc."""
 
 
-def _proof(token: str) -> bytes:
-    return token[16:].encode()
-
-
-def _create(num_bytes: int) -> tuple[str, mmap.mmap] | None:
-    token = secrets.token_hex(16)
-    path = _path(token)
+def _create(num_bytes: int) -> _Made | None:
+    proof = secrets.token_hex(16)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.memfd_create(_NAME)
     except OSError:
         return None
     try:
-        # Taken now: a file system that is full later would end the process at its first write.
-        os.posix_fallocate(descriptor, 0, num_bytes + _PROOF_BYTES)
-        memory = mmap.mmap(descriptor, num_bytes + _PROOF_BYTES)
+        os.fchmod(descriptor, 0o600)
+        # Taken now: a machine whose memory is full later would end the process at its first write.
+        os.posix_fallocate(descriptor, 0, num_bytes + len(proof))
+        memory = mmap.mmap(descriptor, num_bytes + len(proof))
     except OSError:
-        path.unlink(missing_ok=True)
-        return None
-    finally:
         os.close(descriptor)
-    memory[num_bytes:] = _proof(token)
-    return token, memory
+        return None
+    memory[num_bytes:] = proof.encode()
+    return _Made(f"{os.getpid()}/{descriptor}/{proof}", memory, descriptor)
 
 
 def _attach(token: str, num_bytes: int) -> mmap.mmap | None:
-    """The memory of that token; None where there is no such file, or it is not this user's own."""
-    if not _TOKEN.fullmatch(token):
+    """The memory of that token; None where there is none, or it is not this user's own."""
+    parts = _TOKEN.fullmatch(token)
+    if parts is None:
         return None
+    process, number, proof = parts.groups()
+    path = PROCESSES / process / "fd" / number
     with contextlib.suppress(OSError):
-        descriptor = os.open(_path(token), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Another host's process of this number may have anything open as that.
+        if not str(path.readlink()).startswith(f"/memfd:{_NAME} "):
+            return None
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
             is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
-            if is_ours and status.st_size == num_bytes + _PROOF_BYTES:
+            if is_ours and status.st_size == num_bytes + len(proof):
                 memory = mmap.mmap(descriptor, status.st_size)
-                if secrets.compare_digest(memory[num_bytes:], _proof(token)):
+                if secrets.compare_digest(memory[num_bytes:], proof.encode()):
                     return memory
         finally:
             os.close(descriptor)

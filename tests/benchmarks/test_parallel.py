@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import workloads
 from benchmarks.parallel import Line
-from benchmarks.rank_groups import RankMemory, cut
+from benchmarks.rank_groups import AtDepth, RankMemory, cut
 from benchmarks.steady import steady
 from cluster.config import ParallelConfig
 from engine.batch import Batch, StepOutput
@@ -21,7 +21,8 @@ from engine.executor import LocalExecutor
 from engine.kv.pages import PagePool
 from engine.limits import Limits
 from engine.scheduler import Scheduler
-from tests.engine.fakes import VOCAB, LedgerRunner
+from tests.engine.fakes import VOCAB, LedgerRunner, run_to_end
+from tests.engine.rig import request
 
 ROOT = Path(__file__).parents[2]
 PAGES, PAGE_TOKENS, SEQUENCES = 512, 16, 8
@@ -110,3 +111,16 @@ def test_a_pipeline_of_real_ranks_is_measured(tmp_path: Path) -> None:
     for memory in details["pipeline memory"]:
         assert 0 < memory["weights"] < 2**20
         assert memory["before"] < memory["peak"]
+
+
+def test_the_pages_that_sequences_were_given_are_counted() -> None:
+    executor = AtDepth(LocalExecutor(LedgerRunner(PAGES, PAGE_TOKENS)), 1)  # type: ignore[arg-type]
+    scheduler = Scheduler(SchedulerConfig(), PagePool(PAGES), PAGE_TOKENS)
+    engine = Engine(scheduler, executor, Limits(200, VOCAB), prefix_caching=False)
+    for name in "ab":
+        engine.add(request(name, [1] * PAGE_TOKENS * 3, max_tokens=PAGE_TOKENS))
+    run_to_end(engine)
+    assert executor.num_pages == 2 * 4
+    engine.add(request("c", [1], max_tokens=1))
+    run_to_end(engine)
+    assert executor.num_pages == 2 * 4, "one that was given before is free"

@@ -122,6 +122,20 @@ def test_a_group_computes_what_one_rank_would(server: Server, tensor: int, pipel
     ends(server, ranks)
 
 
+def test_what_is_too_large_to_send_fails_its_request_and_nobody_elses(server: Server) -> None:
+    ranks = server.start(tensor=2)
+    prompts = [[5], [6], [7]]
+    before = server.ask("bound", max_bytes=900)
+    try:
+        got = server.ask("generate", prompts=prompts, max_tokens=30, biased=True)
+    finally:
+        server.ask("bound", max_bytes=before)
+    assert list(got["failed"]) == ["0"] and "cannot be sent: a Batch of" in got["failed"]["0"]
+    assert got["tokens"][1:] == [expected(prompt, 30) for prompt in prompts[1:]]
+    assert server.ask("generate", prompts=prompts, max_tokens=30, biased=True)["failed"] == {}
+    ends(server, ranks)
+
+
 def test_ranks_say_for_how_long_they_had_nothing_to_run(server: Server) -> None:
     ranks = server.start(pipeline=2)
 
@@ -187,6 +201,18 @@ class TestRefusals:
     def test_a_rank_that_cannot_start_says_why(self, server: Server, trouble: dict[str, int], reason: str) -> None:
         with pytest.raises(Failed, match=reason):
             server.start(tensor=3, model=json.dumps(trouble))
+        server.leaves_nothing()
+
+    @pytest.mark.parametrize("phase", ["loading", "starting"])
+    @pytest.mark.parametrize("rank", [0, 2])
+    def test_a_rank_that_hangs_before_it_serves_is_named_and_nobody_waits_for_it(
+        self, server: Server, phase: str, rank: int
+    ) -> None:
+        """Its neighbours, which wait for it, are ended with it."""
+        began = time.monotonic()
+        with pytest.raises(Failed, match=rf"ShardLost: rank {rank} on .* is lost: silent for 3\.\d s, after 0 batches"):
+            server.start(tensor=3, model=json.dumps({f"stops_{phase}": rank}), loading_silence_s=3.0)
+        assert time.monotonic() - began < 15
         server.leaves_nothing()
 
 

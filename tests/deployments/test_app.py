@@ -7,79 +7,53 @@ import pytest
 from cluster.config import ParallelConfig
 from cluster.shards.placement import NodeRoom, NoRoom
 from deployments import app
-from deployments.app import cpu_share, rank_resources, reservation, share_machine
+from deployments.app import assemble, build, reservation
 from deployments.config import AppConfig, GatewayConfig
 from deployments.serve_settings import DRAIN, FAST_PATH, HANGING, NODE_FAILURE, hasty_proxy, missing_settings
-from engine.config import EngineConfig, KVConfig
+from engine.config import EngineConfig
+from engine.errors import ModelError
 
 
-@pytest.mark.parametrize(
-    ("cpus", "replicas", "share"),
-    [
-        ([2], 1, 2.0),
-        ([2], 2, 1.0),
-        ([8], 3, 2.0),
-        ([8, 8], 2, 8.0),
-        ([8, 8], 3, 4.0),
-        ([8, 4], 2, 4.0),
-        ([16, 2], 3, 5.0),
-        ([], 4, 1.0),
-    ],
-)
-def test_replicas_get_the_most_whole_cpus_that_let_all_of_them_fit(
-    cpus: list[float], replicas: int, share: float
-) -> None:
-    assert cpu_share(cpus, replicas) == share
-
-
-@pytest.mark.parametrize(("cpus", "replicas"), [([2], 3), ([2], 7), ([1], 2), ([2, 2], 5), ([4, 1], 16)])
-def test_more_replicas_than_cpus_share_them_and_all_fit(cpus: list[float], replicas: int) -> None:
-    share = cpu_share(cpus, replicas)
-    assert 0 < share < 1
-    assert sum(int(node / share + 1e-9) for node in cpus) >= replicas
-
-
-def test_threads_follow_the_cpus_and_memory_is_divided_between_neighbours() -> None:
-    engine = share_machine(EngineConfig(kv=KVConfig(memory_share=0.6)), cpus=4.0, neighbours=2)
-    assert engine.threads == 4
-    assert engine.kv.memory_share == pytest.approx(0.3)
-
-
-def test_fraction_of_a_cpu_is_still_one_thread() -> None:
-    assert share_machine(EngineConfig(), cpus=0.5, neighbours=4).threads == 1
-
-
-def test_chosen_threads_stay() -> None:
-    assert share_machine(EngineConfig(threads=3), cpus=8.0, neighbours=1).threads == 3
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> list[NodeRoom]:
-    """Those of the cluster."""
-    found: list[NodeRoom] = []
-    monkeypatch.setattr(app, "living_nodes", lambda *, free: found)
-    return found
-
-
-def test_a_replica_and_its_ranks_are_reserved_together_and_the_ranks_take_it_all(nodes: list[NodeRoom]) -> None:
-    nodes += [NodeRoom(name, {"CPU": 4.0}, {"zone": "x"}) for name in "ab"]
+def test_a_replica_and_its_ranks_are_reserved_together_and_the_ranks_take_it_all() -> None:
+    nodes = [NodeRoom(name, {"CPU": 4.0}, {"zone": "x"}) for name in "ab"]
     config = AppConfig(replicas=2, parallel=ParallelConfig(tensor=2, pipeline=2, labels=({"zone": "x"},)))
-    assert reservation(config, {"CPU": 1.0}) == {
+    assert reservation(config, {"CPU": 1.0}, nodes) == {
         "ray_actor_options": {"num_cpus": 0},
         "placement_group_bundles": [{"CPU": 2.0}, {"CPU": 2.0}],
         "placement_group_strategy": "SPREAD",
         "placement_group_bundle_label_selector": [{"zone": "x"}, {"zone": "x"}],
     }
-    with pytest.raises(NoRoom, match="3 replicas are asked for"):
-        reservation(config.model_copy(update={"replicas": 3}), {"CPU": 1.0})
+    with pytest.raises(NoRoom, match=r"3 replicas are asked for.*\. In all: a has 4 CPU"):
+        reservation(config.model_copy(update={"replicas": 3}), {"CPU": 1.0}, nodes)
 
 
-def test_a_rank_reserves_a_gpu_where_it_is_to_compute_on_one(nodes: list[NodeRoom]) -> None:
-    assert rank_resources(EngineConfig(), 2.0) == {"CPU": 2.0}
-    assert rank_resources(EngineConfig(device="cuda"), 2.0) == {"CPU": 2.0, "GPU": 1.0}
-    nodes.append(NodeRoom("a", {"CPU": 8.0, "GPU": 4.0}, {}))
-    assert rank_resources(EngineConfig(), 2.0) == {"CPU": 2.0, "GPU": 1.0}
-    assert rank_resources(EngineConfig(device="cpu"), 2.0) == {"CPU": 2.0}
+def test_a_replica_that_is_not_cut_reserves_its_cores_and_its_gpu() -> None:
+    cpus, gpus = NodeRoom("a", {"CPU": 8.0}, {}), NodeRoom("b", {"CPU": 8.0, "GPU": 2.0}, {})
+    config = AppConfig(replicas=2)
+    assert reservation(config, {"CPU": 2.0}, [cpus]) == {"ray_actor_options": {"num_cpus": 2.0}}
+    both = {"CPU": 2.0, "GPU": 1.0}
+    assert reservation(config, both, [cpus, gpus]) == {"ray_actor_options": {"num_cpus": 2.0, "num_gpus": 1.0}}
+    with pytest.raises(NoRoom, match=r"2 CPU and 1 GPU each\. In all: a has 8 CPU and 0 GPU"):
+        reservation(config, both, [cpus])
+
+
+def test_replicas_of_a_cluster_with_gpus_are_placed_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [NodeRoom("a", {"CPU": 64.0}, {}), NodeRoom("b", {"CPU": 64.0, "GPU": 8.0}, {})]
+    monkeypatch.setattr(app, "living_nodes", lambda *, free: nodes)
+    config = AppConfig(replicas=2, engine=EngineConfig(device="cuda"))
+    gateway = assemble(config, lambda config, find_host: None)._bound_deployment  # type: ignore[arg-type,return-value]
+    replicas = gateway.init_args[1]._bound_deployment
+    assert (replicas.ray_actor_options["num_cpus"], replicas.ray_actor_options["num_gpus"]) == (8.0, 1.0)
+    assert replicas.init_args[0].kv.memory_share == config.engine.kv.memory_share
+
+
+def test_a_model_that_cannot_be_cut_as_asked_is_refused_before_anything_is_deployed() -> None:
+    with pytest.raises(ModelError, match=r"cannot be cut as asked \(tensor 3, pipeline 1"):
+        build(AppConfig(parallel=ParallelConfig(tensor=3)))
+    with pytest.raises(ModelError, match="too few for 200 stages"):
+        build(AppConfig(parallel=ParallelConfig(pipeline=200)))
+    # Its files may be on the nodes of the replicas alone.
+    build(AppConfig(engine=EngineConfig(model="/nowhere"), parallel=ParallelConfig(tensor=3)))
 
 
 def test_nothing_is_missing_with_all_settings() -> None:

@@ -7,7 +7,8 @@ import yaml
 from deployments.config import AppConfig
 from deployments.serve_settings import DRAIN, FAST_PATH, HANGING, NODE_FAILURE
 
-MANIFEST = Path(__file__).parents[2] / "k8s" / "rayservice.yaml"
+FOLDER = Path(__file__).parents[2] / "k8s"
+MANIFEST, POLICY = FOLDER / "rayservice.yaml", FOLDER / "network-policy.yaml"
 
 
 def test_the_manifests_arguments_are_valid_and_every_container_has_the_settings_of_a_cluster() -> None:
@@ -23,3 +24,20 @@ def test_the_manifests_arguments_are_valid_and_every_container_has_the_settings_
         assert env == {**FAST_PATH, **NODE_FAILURE, **HANGING, **DRAIN}
     # An old cluster stays for as long as its gateways may take to finish the streams of their clients.
     assert spec["rayClusterDeletionDelaySeconds"] >= config.gateway.drain_timeout_s
+
+
+def test_only_the_applications_own_pods_reach_its_ranks() -> None:
+    cluster = yaml.safe_load(MANIFEST.read_text())["spec"]["rayClusterConfig"]
+    policy = yaml.safe_load(POLICY.read_text())["spec"]
+    own = policy["podSelector"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"]["metadata"]["labels"] == own["matchLabels"], "the policy is about all of its pods"
+    assert policy["policyTypes"] == ["Ingress"]
+    open_ports = {}
+    for rule in policy["ingress"]:
+        who = str(rule.get("from", "anybody"))
+        open_ports[who] = {port["port"] for port in rule.get("ports", [])} or "all"
+    operator = [
+        {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}}
+    ]
+    assert open_ports == {str([{"podSelector": own}]): "all", "anybody": {8000}, str(operator): {8265}}

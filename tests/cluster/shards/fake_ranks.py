@@ -7,6 +7,7 @@ model that is a directory draw letters of the tokenizer of `tests.deployments.fa
 
 import json
 import os
+import signal
 import socket
 import time
 from dataclasses import dataclass, replace
@@ -39,7 +40,9 @@ class Trouble:
 
     load: int | None = None
     dies_loading: int | None = None
+    stops_loading: int | None = None
     start: int | None = None
+    stops_starting: int | None = None
     step: tuple[int, int] | None = None
     dies_at: tuple[int, int] | None = None
 
@@ -152,6 +155,8 @@ class FakeLoaded:
     def start(self, num_pages: int) -> FakeRunner:
         if self._trouble.start == self._place.rank:
             raise MemoryError("no memory for the pages")
+        if self._trouble.stops_starting == self._place.rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
         assert num_pages <= self.facts.num_pages
         return FakeRunner(self._place, num_pages, self._total, self._trouble, letters=self._letters)
 
@@ -164,4 +169,6 @@ def load_fake(config: EngineConfig, place: Place, rendezvous: str) -> FakeLoaded
         raise ModelError("weights.safetensors: layer 3 is missing")
     if trouble.dies_loading == place.rank:
         os._exit(7)
+    if trouble.stops_loading == place.rank:
+        os.kill(os.getpid(), signal.SIGSTOP)
     return FakeLoaded(place, Sum(place, rendezvous), trouble, letters=config.model.startswith("/"))

@@ -32,7 +32,13 @@ class Server:
         self._hosts: list[Any] = []
 
     def start(
-        self, name: str = "", model: str = "fake", cpus: float = 1.0, kv_hosts: bool = False, **parallel: Any
+        self,
+        name: str = "",
+        model: str = "fake",
+        cpus: float = 1.0,
+        kv_hosts: bool = False,
+        loading_silence_s: float = 30.0,
+        **parallel: Any,
     ) -> Any:
         """Starts a group and an engine over it; who and where the ranks are. `kv_hosts`: each node has one."""
         from cluster.config import KVTierConfig, ParallelConfig
@@ -56,6 +62,7 @@ class Server:
                 load_fake,
                 {"CPU": cpus},
                 make_tier=partial(make_rank_tier, APPLICATION, config.ranks, None) if kv_hosts else None,
+                loading_silence_s=loading_silence_s,
             )
         )
         if kv_hosts:
@@ -69,19 +76,32 @@ class Server:
             "max_model_len": self._engine.max_model_len,
         }
 
-    def generate(self, prompts: list[list[int]], max_tokens: int, pause_s: float = 0.0) -> Any:
-        """The tokens of each prompt, and how many batches were in flight at most. `pause_s`: before it begins."""
-        from tests.engine.fakes import Streams
+    def generate(self, prompts: list[list[int]], max_tokens: int, pause_s: float = 0.0, biased: bool = False) -> Any:
+        """The tokens of each prompt, how many batches were in flight at most, and what failed. `pause_s`: before it
+        begins; `biased`: the first prompt asks for something of every token's logit."""
+        from tests.engine.fakes import VOCAB, Streams
         from tests.engine.rig import request
 
         time.sleep(pause_s)
         for index, prompt in enumerate(prompts):
-            self._engine.add(request(str(index), prompt, max_tokens=max_tokens))
+            bias = dict.fromkeys(range(VOCAB), 0.0) if biased and not index else None
+            self._engine.add(request(str(index), prompt, max_tokens=max_tokens, logit_bias=bias))
         streams, deepest = Streams(), 0
         while self._engine.has_work():
             streams.take(self._engine.step())
             deepest = max(deepest, 1 + len(self._group._uncollected))
-        return {"tokens": [streams.tokens[str(index), 0] for index in range(len(prompts))], "deepest": deepest}
+        return {
+            "tokens": [streams.tokens[str(index), 0] for index in range(len(prompts))],
+            "deepest": deepest,
+            "failed": {name: each.error for (name, _), each in streams.finished.items() if each.error},
+        }
+
+    def bound(self, max_bytes: int) -> Any:
+        """Of the messages that this process sends; what it was before."""
+        from cluster.shards import fields
+
+        before, fields.MAX_BYTES = fields.MAX_BYTES, max_bytes
+        return before
 
     def build(self, model: str, prompts: list[list[int]], max_tokens: int, **parallel: Any) -> Any:
         """The greedy tokens of an engine over real ranks, which is then closed."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zmq
 
@@ -15,8 +16,8 @@ from cluster.shards.channel import ChannelClosed, GroupChannel, RankChannel
 from cluster.shards.door import Door, Keys
 from cluster.shards.fields import MAX_BYTES
 from cluster.shards.watch import Loss
-from cluster.shards.wire import Alive, Beat
-from engine.batch import Batch, StepOutput, StepStats
+from cluster.shards.wire import Alive, Beat, without_edits
+from engine.batch import Batch, Edit, StepOutput, StepStats
 from tests.cluster.shards.batches import decodes, same
 
 PATIENCE_S = 10.0
@@ -80,6 +81,16 @@ def test_every_rank_gets_every_batch_in_order_and_the_answering_one_is_heard(rig
         ranks[1].send(StepOutput(batch.step, [1], [None], [], StepStats(1, 1, 0.0)))
     got = [group.receive() for _ in sent]
     assert [output.step for output in got if isinstance(output, StepOutput)] == [batch.step for batch in sent]
+
+
+def test_edits_go_to_the_rank_that_draws_alone(rig: Rig) -> None:
+    group, ranks = rig.joined(True, False, True, answering=1)
+    batch = decodes(2)
+    batch = replace(batch, samples=replace(batch.samples, edits={1: Edit(allowed=np.arange(1000))}))
+    group.send(batch)
+    got = [rank.receive() for rank in ranks]
+    assert same(got[1], batch)
+    assert same(got[0], without_edits(batch)) and same(got[2], without_edits(batch))
 
 
 def test_nothing_is_sent_before_all_are_there(rig: Rig) -> None:
@@ -159,6 +170,7 @@ def test_a_process_that_is_gone_is_lost_at_once_though_nobody_waits(rig: Rig) ->
 def test_what_had_arrived_before_a_loss_is_still_received(rig: Rig) -> None:
     group, ranks = rig.joined(True, True)
     ranks[0].send(Beat(1, 0.5))
+    assert group._answers.poll(1000 * PATIENCE_S)
     group.gone(1, "killed")
     until(lambda: group.loss is not None)
     assert group.receive() == Beat(1, 0.5)

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.shards.watch import BEAT_S, GRACE_S, SEARCH_S, SILENCE_S, Loss, Watch
+from cluster.shards.watch import BEAT_S, GRACE_S, LOADING_SILENCE_S, SEARCH_S, SILENCE_S, Loss, Watch
 
 
 class Group:
@@ -38,10 +38,26 @@ def test_ranks_that_beat_are_well() -> None:
     assert armed().watch.finished == (0, 0, 0, 0)
 
 
-def test_nobody_is_missed_while_all_load() -> None:
+def test_nobody_is_missed_before_it_is_to_be_heard() -> None:
     group = Group()
     group.stopped = {0, 1, 2, 3}
     assert group.verdict_within(60)[0] is None
+
+
+def test_a_rank_that_loads_may_be_silent_for_longer_and_not_for_ever() -> None:
+    group = Group()
+    group.watch.arm(LOADING_SILENCE_S)
+    group.verdict_within(5)
+    group.stopped = {1}
+    loss, seconds = group.verdict_within(LOADING_SILENCE_S + 1)
+    assert loss is not None and loss.rank == 1 and loss.reason == "silent for 30.0 s, after 7 batches"
+    assert LOADING_SILENCE_S - BEAT_S <= seconds <= LOADING_SILENCE_S
+    # Once it has started it may not.
+    group = Group()
+    group.watch.arm(LOADING_SILENCE_S)
+    group.watch.arm()
+    group.stopped = {1}
+    assert group.verdict_within(2)[0] is not None
 
 
 def test_a_rank_that_is_stopped_is_lost_in_less_than_two_seconds() -> None:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from cluster.kv.wire import WireError
 from cluster.shards import fields, wire
 from cluster.shards.fields import MAX_TEXT
-from cluster.shards.wire import Alive, Beat, Fault, decode, encode
-from engine.batch import Batch, StepOutput, StepStats
+from cluster.shards.wire import Alive, Beat, Fault, decode, encode, without_edits
+from engine.batch import Batch, Edit, StepOutput, StepStats
 from tests.cluster.shards.batches import batches, decodes, outputs, same
 
 plain = st.recursive(
@@ -137,6 +138,56 @@ def test_what_is_too_long_is_neither_sent_nor_read(monkeypatch: pytest.MonkeyPat
         encode(decodes(3))
     with pytest.raises(WireError, match="are the most"):
         decode(data)
+
+
+VOCABULARY = 152_064
+
+
+def edited(*edits: Edit) -> Batch:
+    batch = decodes(len(edits))
+    return replace(batch, samples=replace(batch.samples, edits=dict(enumerate(edits))))
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        np.arange(VOCABULARY),
+        np.arange(0, VOCABULARY, 7),
+        np.arange(0, VOCABULARY, 7)[::-1],
+        np.array([VOCABULARY - 1]),
+        np.array([], np.int64),
+        np.array([2**31 - 1, 0]),
+        np.array([5, 5, 6]),
+    ],
+    ids=len,
+)
+def test_allowed_tokens_arrive_as_they_are(allowed: NDArray[np.int64]) -> None:
+    batch = edited(Edit(allowed=allowed))
+    assert same(decode(encode(batch)), batch)
+
+
+def test_what_is_allowed_takes_a_bit_of_each_token_at_most() -> None:
+    """128 streams that may draw nearly anything are a message of some megabytes, and not of hundreds."""
+    allowed = np.delete(np.arange(VOCABULARY), 3)
+    plain = len(encode(decodes(128)))
+    assert len(encode(edited(*[Edit(allowed=allowed)] * 128))) - plain < 128 * (VOCABULARY / 8 + 100)
+    assert len(encode(edited(Edit(allowed=np.array([3, VOCABULARY - 1]))))) < len(encode(decodes(1))) + 150
+
+
+@pytest.mark.parametrize("token", [2**31, -(2**31) - 1])
+@pytest.mark.parametrize("name", ["allowed", "banned"])
+def test_a_token_that_no_vocabulary_has_is_not_sent_as_another(token: int, name: str) -> None:
+    with pytest.raises(WireError, match="no place in 32 bits"):
+        encode(edited(Edit(**{name: np.array([token])})))
+
+
+def test_whoever_does_not_draw_is_told_which_rows_are_edited_and_not_how() -> None:
+    batch = edited(Edit(allowed=np.arange(1000)), Edit(banned=np.arange(1000)))
+    got = decode(encode(without_edits(batch)))
+    assert isinstance(got, Batch) and got.samples.edits.keys() == {0, 1}
+    assert not any(edit.changes for edit in got.samples.edits.values())
+    assert same(replace(got, samples=replace(got.samples, edits=batch.samples.edits)), batch)
+    assert without_edits(decodes(2)).samples.edits == {}
 
 
 def test_a_batch_of_decodes_costs_little() -> None:

@@ -163,7 +163,7 @@ async def test_parameters_reach_the_engine(client, backend):
     sent = {"temperature": 0.3, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "seed": 7, "presence_penalty": 1.0}
     sent |= {"frequency_penalty": -1.0, "repetition_penalty": 1.2, "min_tokens": 2, "ignore_eos": True, "max_tokens": 9}
     await post(
-        client, CHAT, chat(**sent, logit_bias={"5": -100}, stop_token_ids=[7], allowed_token_ids=[4], priority=3)
+        client, CHAT, chat(**sent, logit_bias={"5": -100}, stop_token_ids=[7], allowed_token_ids=[4, 4], priority=3)
     )
     request = backend.requests[0]
     params = request.params.model_dump()

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from deployments import liveness
 from engine.errors import RanksLost
 from engine.machine import CoreShare
+from engine.parallel import meeting
 from engine.parallel.meeting import Meeting
 from engine.parallel.place import Place
 from engine.parallel.slices import TensorRank
@@ -53,6 +55,20 @@ def test_a_taken_port_is_an_error_that_names_it() -> None:
     with pytest.raises(RanksLost, match=str(port)):
         Meeting(place(0), f"tcp://127.0.0.1:{port}", SOON)
     assert kept
+
+
+def test_ranks_that_have_come_are_waited_for_longer_than_a_first_step_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are found to be lost by their pulse, long before."""
+    first_step_s = liveness.FIRST_S + 4096 * liveness.FIRST_TOKEN_S
+    assert meeting.TIMEOUT.total_seconds() > first_step_s
+    monkeypatch.setattr(meeting, "ARRIVAL_TIMEOUT", SOON)
+    first, second = meet(free_port(), timeout=meeting.TIMEOUT)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(first.store("slow").get, "weights")
+        time.sleep(2 * SOON.total_seconds())
+        assert not waiting.done()
+        second.store("slow").set("weights", "read")
+        assert waiting.result(10) == b"read"
 
 
 def test_waiting_for_all_ends_when_all_have_come_or_time_is_up() -> None:

@@ -19,6 +19,7 @@ from engine.parallel.place import Place
 from engine.parallel.rank import load_rank
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
+from engine.stats import EngineStats
 from tests.compiled import compiled_library
 from tests.engine.fakes import Streams, run_to_end
 from tests.engine.models.harness import CONFIGS, VOCAB, Driver, random_tokens
@@ -82,15 +83,16 @@ def answers(engine: Engine, requests: list[Request]) -> tuple[Streams, dict[str,
 
 def assert_alike(
     ranks: Ranks, requests: list[Request], pages: int = 64, tolerance: float = TOLERANCE
-) -> tuple[Streams, Streams]:
-    """The engine over these ranks answers as one rank does."""
+) -> tuple[Streams, EngineStats]:
+    """The engine over these ranks answers as one rank does; how, and what it counted."""
     alone, expected = answers(build_engine(ranks.config), requests)
-    together, found = answers(ranks.engine(pages), requests)
+    engine = ranks.engine(pages)
+    together, found = answers(engine, requests)
     ranks.close()
     assert together.tokens == alone.tokens
     for name, values in expected.items():
         assert found[name] == pytest.approx(values, abs=tolerance), name
-    return together, alone
+    return together, engine.stats()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -140,11 +142,44 @@ def test_random_and_edited_rows_draw_what_one_rank_draws(
     assert_alike(load(config_of(model_of("llama")), Cut(2, 2)), requests)
 
 
+@pytest.mark.parametrize("cut", [Cut(2), Cut(1, 2), Cut(2, 2)], ids=str)
 def test_pages_that_run_out_change_nothing(
-    model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+    cut: Cut, model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
 ) -> None:
-    together, _ = assert_alike(load(config_of(model_of("llama")), Cut(2, 2)), greedy_requests(), pages=6)
+    """Streams grow until one has to give its pages up, and comes back later."""
+    requests = [
+        Request(
+            f"r{index}",
+            tuple(random_tokens(5 + 3 * index, seed=index)),
+            SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        )
+        for index in range(4)
+    ]
+    together, stats = assert_alike(load(config_of(model_of("llama")), cut), requests, pages=6)
     assert len(together.finished) == 4
+    assert stats.preemptions_total > 0
+
+
+@pytest.mark.parametrize("cut", [Cut(2), Cut(1, 2), Cut(2, 2)], ids=str)
+def test_pages_that_are_found_again_hold_the_part_of_each_rank(
+    cut: Cut, model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """A prompt that goes on where another one was is answered as by one rank that computes all of it."""
+    shared = random_tokens(40)
+    first, second = (
+        Request(name, tuple(shared + more), SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=3))
+        for name, more in (("first", []), ("second", random_tokens(9, seed=1)))
+    )
+    ranks = load(config_of(model_of("llama")), cut)
+    engine = ranks.engine()
+    found = [answers(engine, [request]) for request in (first, second)]
+    ranks.close()
+    assert found[0][0].cached == {} and found[1][0].cached == {("second", 0): 32}, "two whole pages"
+    assert engine.stats().prefix_hits_total == 32
+    for request, (streams, logprobs) in zip((first, second), found, strict=True):
+        alone, expected = answers(build_engine(ranks.config), [request])
+        assert streams.tokens == alone.tokens
+        assert logprobs[request.request_id] == pytest.approx(expected[request.request_id], abs=TOLERANCE)
 
 
 def test_plain_torch_over_connections_answers_as_one_rank(
@@ -162,10 +197,12 @@ def test_plain_torch_over_connections_answers_as_one_rank(
 def test_quantized_weights_answer_as_on_one_rank(
     name: str, scheme: str, tmp_path: Path, load: Callable[[EngineConfig, Cut], Ranks]
 ) -> None:
-    """In 4 bits ranks hold the same groups. In 8 bits each has scales of its own channels, which are finer."""
+    """In 4 bits ranks hold the same groups. In 8 bits each tensor rank has scales of its own channels, which are finer;
+    stages have the same."""
     checkpoints.random_model(getattr(checkpoints, name)).save_pretrained(tmp_path)
     kv = KVConfig(memory="8MiB", dtype="model")
     config = config_of(tmp_path, quantization=scheme, quantization_group=32, kv=kv)
+    assert_alike(load(config, Cut(1, 2)), greedy_requests(96))
     ranks = load(config, Cut(2, 2, 2 if name == "QWEN_MOE" else 1))
     if scheme == "w4a16":
         assert_alike(ranks, greedy_requests(96))
@@ -340,7 +377,7 @@ def test_ranks_without_common_memory_add_up_over_connections(
         ranks.close()
     finally:
         for process in pool.take(2):
-            process.send("call", look_for_memory_in, "/dev/shm")
+            process.send("call", look_for_memory_in, "/proc")
             process.answer()
 
 
@@ -348,7 +385,7 @@ def look_for_memory_in(folder: str) -> None:
     """In a rank's process."""
     from engine.parallel import segment
 
-    segment.FOLDER = Path(folder)
+    segment.PROCESSES = Path(folder)
 
 
 def test_a_rank_alone_is_a_whole_model(model_of: Callable[[str], Path]) -> None:
