@@ -78,7 +78,7 @@ class Deployment:
         context = SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), app_name="app")
         self._monkeypatch.setattr(serve, "get_replica_context", lambda: context)
         started = Replica.__new__(Replica)
-        config = EngineConfig(model=str(path), **choices)
+        config = EngineConfig(model=str(path), device="cpu", **choices)
         await started.__init__(config, "fake", _Hub(), lambda config, find_host: engine, None)  # type: ignore[misc]
         started.engine = engine
         started._card = replace(started._card, created=1000 + len(self.replicas))

@@ -46,7 +46,12 @@ def engine_of(model: Path, pages: int = 512, **settings: object) -> Engine:
     )
     kv = KVConfig(memory=pages * PAGE_BYTES, dtype=settings.pop("kv_dtype", "auto"))
     return build_engine(
-        EngineConfig(model=str(model), dtype="float32", threads=1, kv=kv, scheduler=scheduler, **settings)
+        EngineConfig(
+            model=str(model),
+            kv=kv,
+            scheduler=scheduler,
+            **{"device": "cpu", "dtype": "float32", "threads": 1, **settings},
+        )
     )
 
 
@@ -152,7 +157,7 @@ def test_the_models_own_eos_stops_and_can_be_ignored(model: Path) -> None:
 
 def test_every_auto_is_resolved_and_said_once(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="engine.build"):
-        engine = build_engine(EngineConfig(model=str(model)))
+        engine = build_engine(EngineConfig(model=str(model), device="cpu"))
     assert (engine.max_model_len, engine.vocab_size, engine.eos_token_ids) == (256, 300, (1,))
     (message,) = [record.getMessage() for record in caplog.records]
     for fact in ("float32", "threads", "KV", "pages of 16 tokens", "up to 256 tokens"):
