@@ -49,7 +49,7 @@ class Manta:
         # Rounds repeat the same prompts, and are to repeat the same work.
         kv = KVConfig(prefix_caching=False)
         scheduler = SchedulerConfig(max_stall_s=None)
-        config = EngineConfig(model=str(setup.model), threads=setup.threads, kv=kv, scheduler=scheduler)
+        config = EngineConfig(model=str(setup.model), device="cpu", threads=setup.threads, kv=kv, scheduler=scheduler)
         self._engine = build_engine(config)
 
     def run(self, items: Sequence[Item]) -> int:

@@ -78,6 +78,7 @@ def engine_of(path: Path, batch_limit: int, threads: int) -> Engine:
     return build_engine(
         EngineConfig(
             model=str(path),
+            device="cpu",
             threads=threads,
             max_model_len=pages_of,
             kv=KVConfig(memory="auto", prefix_caching=False),

@@ -201,6 +201,7 @@ def main() -> None:
     assembly = assemble(
         EngineConfig(
             model=str(path),
+            device="cpu",
             threads=arguments.threads,
             quantization=arguments.quantization,
             kv=KVConfig(dtype=arguments.kv_dtype, prefix_caching=False),

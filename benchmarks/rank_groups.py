@@ -141,7 +141,11 @@ class RankGroup:
         from engine.models.directory import load_spec
 
         self._config = EngineConfig(
-            model=str(path), threads=1, kv=KVConfig(memory=kv_bytes, prefix_caching=False), **config
+            model=str(path),
+            device="cpu",
+            threads=1,
+            kv=KVConfig(memory=kv_bytes, prefix_caching=False),
+            **config,
         )
         places = cut(parallel, split) if split else places_of(parallel, load_spec(path))
         self.layers = tuple(len(place.layers) for place in places if place.tensor.rank == 0)

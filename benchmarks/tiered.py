@@ -70,6 +70,7 @@ def tiered_engine(
 
     config = EngineConfig(
         model=str(model),
+        device="cpu",
         threads=threads,
         kv=KVConfig(memory=kv_bytes),
         scheduler=SchedulerConfig(max_sequences=max_sequences, max_batch_tokens=1024),

@@ -87,7 +87,8 @@ class EngineConfig(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: DType = "auto"
-    """Type of weights, activations and KV; "auto" takes the checkpoint's, on a CPU bfloat16 in place of float16."""
+    """Type of weights, activations and KV; "auto" takes the checkpoint's, but bfloat16 in place of float16 on a
+    CPU, of float32 on a GPU, and of float16 there where weights are of 4 bits."""
     quantization: Quantization = "auto"
     """What to turn weights into at load: "w8a8" is 8 bits with activations quantized per token, "w4a16" 4 bits in
     groups, "fp8" 8-bit floats on a GPU; "auto" leaves them as the checkpoint has them, quantized or not."""

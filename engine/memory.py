@@ -2,7 +2,8 @@
 
 import math
 import mmap
-import sys
+import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,6 +41,23 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     return Recycler(kept_bytes=0).empty(shape, dtype, device)
 
 
+@dataclass(slots=True)
+class _Block:
+    """Memory that is kept, and the view of it that the tensors in it hold, all of them and nobody else."""
+
+    memory: mmap.mmap
+    view: "weakref.ref[memoryview] | None" = None
+
+    @property
+    def is_free(self) -> bool:
+        return self.view is None or self.view() is None
+
+    def lend(self) -> memoryview:
+        view = memoryview(self.memory)
+        self.view = weakref.ref(view)
+        return view
+
+
 class Recycler:
     """`empty` for tensors that are needed one after another: memory comes back once no tensor lies in it.
 
@@ -50,21 +68,20 @@ class Recycler:
     def __init__(self, kept_bytes: int = 128 * 2**20) -> None:
         """Blocks are kept, used or not, up to `kept_bytes` together; larger ones go as their tensors go."""
         self._kept_bytes = kept_bytes
-        self._blocks: list[mmap.mmap] = []
+        self._blocks: list[_Block] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         if torch.device(device).type != "cpu" or num_bytes < _LARGE_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
-        return torch.frombuffer(self._block(num_bytes), dtype=dtype, count=math.prod(shape)).view(shape)
+        return torch.frombuffer(self._memory(num_bytes), dtype=dtype, count=math.prod(shape)).view(shape)
 
-    def _block(self, num_bytes: int) -> mmap.mmap:
+    def _memory(self, num_bytes: int) -> memoryview:
         """Of at most twice as many bytes: a tensor that stays must not hold much more than it needs."""
         for block in self._blocks:
-            # A tensor holds a reference to its block; the others are the list's, this loop's and the call's.
-            if num_bytes <= len(block) <= 2 * num_bytes and sys.getrefcount(block) == 3:
-                return block
-        block = _map(num_bytes)
-        if sum(map(len, self._blocks)) + num_bytes <= self._kept_bytes:
+            if num_bytes <= len(block.memory) <= 2 * num_bytes and block.is_free:
+                return block.lend()
+        block = _Block(_map(num_bytes))
+        if sum(len(kept.memory) for kept in self._blocks) + num_bytes <= self._kept_bytes:
             self._blocks.append(block)
-        return block
+        return block.lend()

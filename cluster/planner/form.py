@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.kv.sizing import layer_bytes_per_token
+from engine.models.dtypes import Scalar, auto_dtype
 from engine.models.spec import ModelSpec
 from engine.quant.config import CheckpointFormat, Scheme, group_of
 from engine.quant.plan import Kind, is_layer_linear, kind_of, unit_of
 
-Scalar = Literal["float32", "bfloat16", "float16"]
 Conversion = Scheme | Literal["fp8"]
 ITEM_BYTES: Mapping[Scalar, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 SCALE_BYTES = 4
@@ -102,7 +102,7 @@ def form_of(config: Mapping[str, Any], layout: CheckpointFormat | None, choices:
         raise ValueError('quantization "fp8" needs a CUDA device; on a CPU use "w8a8"')
     quantized = conversion is not None or layout is not None
     return Form(
-        dtype=_dtype(config, choices),
+        dtype=_dtype(config, layout, choices),
         conversion=conversion,
         checkpoint=None if layout is None else _held(layout),
         group=choices.group if layout is None else group_of(config, layout),
@@ -110,14 +110,11 @@ def form_of(config: Mapping[str, Any], layout: CheckpointFormat | None, choices:
     )
 
 
-def _dtype(config: Mapping[str, Any], choices: Choices) -> Scalar:
+def _dtype(config: Mapping[str, Any], layout: CheckpointFormat | None, choices: Choices) -> Scalar:
     if choices.dtype != "auto":
         return choices.dtype
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    found = next((scalar for scalar in ITEM_BYTES if scalar == name), None)
-    if found is None:
-        raise ValueError(f"dtype {name!r} cannot be run; choose one of {', '.join(ITEM_BYTES)}")
-    return "bfloat16" if found == "float16" and choices.device == "cpu" else found
+    int4 = choices.quantization == "w4a16" or (layout is not None and layout.scheme != "w8a8")
+    return auto_dtype(config, choices.device, int4=int4).dtype
 
 
 def _held(layout: CheckpointFormat) -> Scheme:

@@ -6,7 +6,6 @@ What is wrong with a directory is a `ModelError`: one line that names the file.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from engine.models.directory import (
     load_spec,
     read_json,
 )
+from engine.models.dtypes import Scalar, auto_dtype
 from engine.models.parameters import Form, Parameters
 from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
@@ -30,7 +30,7 @@ from engine.parallel.part import Part
 from engine.parallel.place import Place
 from engine.quant.config import Scheme
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[Scalar, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +69,19 @@ def load_parameters(
 
     With a `place`, what its rank holds of them; a scale in 8 bits is then that of the rank's own channels.
 
-    A `dtype` of "auto" is the checkpoint's, on a CPU bfloat16 in place of float16. A `quantization` of "auto" leaves
-    the weights as the checkpoint has them; any other turns full ones into that form as they are read, in groups of
-    `group` input channels where they are of 4 bits. For a checkpoint that is quantized already it must be the same,
-    and then turns its dense head into 8 bits too. Memory peaks at the parameters that are held plus a slice of some
-    MiB. Raises ModelError, as taking a parameter does, and ValueError for a place that the model has no part for.
+    A `dtype` of "auto" is the checkpoint's, or bfloat16 where the device wants that (`auto_dtype`). A `quantization` of
+    "auto" leaves the weights as the checkpoint has them; any other turns full ones into that form as they are read, in
+    groups of `group` input channels where they are of 4 bits. For a checkpoint that is quantized already it must be the
+    same, and then turns its dense head into 8 bits too. Memory peaks at the parameters that are held plus a slice of
+    some MiB. Raises ModelError, as taking a parameter does, and ValueError for a place that the model has no part for.
     """
     family = find_family(path)
     layout = find_quantization(path)
     scheme = None if quantization == "auto" else quantization
     check_scheme(path, layout, scheme)
     spec = load_spec(path)
-    run_dtype = _run_dtype(dtype, read_json(path / CONFIG), path, torch.device(device))
+    int4 = scheme == "w4a16" or (layout is not None and layout.scheme != "w8a8")
+    run_dtype = _run_dtype(dtype, path, torch.device(device), int4=int4)
     checkpoint = Checkpoint(path)
     form = Form(run_dtype, device, scheme, group, layout=layout)
     part = Part.all_of(spec) if place is None else Part(spec, place, channel_unit(path, scheme, group))
@@ -103,15 +104,15 @@ def load_model(
     return Decoder(loaded.part, loaded.parameters, operators or ReferenceOperators(), loaded.dtype)
 
 
-def _run_dtype(dtype: torch.dtype | DType, config: dict[str, Any], path: Path, device: torch.device) -> torch.dtype:
+def _run_dtype(dtype: torch.dtype | DType, path: Path, device: torch.device, *, int4: bool) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
         return _DTYPES[dtype]
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ModelError(f"{path / CONFIG}: dtype {name!r} cannot be run; choose one of {', '.join(_DTYPES)}")
-    if name == "float16" and device.type == "cpu":
-        logger.info("%s: a float16 checkpoint runs in bfloat16, which CPUs have instructions for", path)
-        return torch.bfloat16
-    return _DTYPES[name]
+    try:
+        chosen, reason = auto_dtype(read_json(path / CONFIG), device.type, int4=int4)
+    except ValueError as error:
+        raise ModelError(f"{path / CONFIG}: {error}") from error
+    if reason is not None:
+        logger.info("%s: %s", path, reason)
+    return _DTYPES[chosen]

@@ -1,5 +1,5 @@
-"""The replicas' deployment in one process and without Ray: real replicas over fake engines, behind what acts like a
-Serve handle. Calls go where `deployments.router_adapter` sends them."""
+"""The replicas' deployment in one process and without Ray: real replicas over fake engines, or any others, behind
+what acts like a Serve handle. Calls go where `deployments.router_adapter` sends them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -15,7 +15,7 @@ from ray import serve
 from deployments import replica as replica_module
 from deployments.messages import Attach, Frame, Submit
 from deployments.ray_backend import RayBackend
-from deployments.replica import LLMReplica
+from deployments.replica import EngineFactory, LLMReplica
 from deployments.router import Ledger, ReplicaGone
 from engine.config import EngineConfig
 from engine.limits import Limits, check_request
@@ -75,12 +75,17 @@ class Deployment:
         path.mkdir(exist_ok=True)
         (path / "config.json").write_text(model)
         engine = CheckedEngine(path, max_model_len, step_s)
+        config = EngineConfig(model=str(path), device="cpu", **choices)
+        started = await self.serve(name, config, lambda config, find_host: engine)
+        started.engine = engine
+        return started
+
+    async def serve(self, name: str, config: EngineConfig, make_engine: EngineFactory) -> Replica:
+        """One more replica, over any engine."""
         context = SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), app_name="app")
         self._monkeypatch.setattr(serve, "get_replica_context", lambda: context)
         started = Replica.__new__(Replica)
-        config = EngineConfig(model=str(path), **choices)
-        await started.__init__(config, "fake", _Hub(), lambda config, find_host: engine, None)  # type: ignore[misc]
-        started.engine = engine
+        await started.__init__(config, "fake", _Hub(), make_engine, None)  # type: ignore[misc]
         started._card = replace(started._card, created=1000 + len(self.replicas))
         self.replicas[name] = started
         self.list(*self._listed, name)

@@ -46,7 +46,12 @@ def engine_of(model: Path, pages: int = 512, **settings: object) -> Engine:
     )
     kv = KVConfig(memory=pages * PAGE_BYTES, dtype=settings.pop("kv_dtype", "auto"))
     return build_engine(
-        EngineConfig(model=str(model), dtype="float32", threads=1, kv=kv, scheduler=scheduler, **settings)
+        EngineConfig(
+            model=str(model),
+            kv=kv,
+            scheduler=scheduler,
+            **{"device": "cpu", "dtype": "float32", "threads": 1, **settings},
+        )
     )
 
 
@@ -152,7 +157,7 @@ def test_the_models_own_eos_stops_and_can_be_ignored(model: Path) -> None:
 
 def test_every_auto_is_resolved_and_said_once(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="engine.build"):
-        engine = build_engine(EngineConfig(model=str(model)))
+        engine = build_engine(EngineConfig(model=str(model), device="cpu"))
     assert (engine.max_model_len, engine.vocab_size, engine.eos_token_ids) == (256, 300, (1,))
     (message,) = [record.getMessage() for record in caplog.records]
     for fact in ("float32", "threads", "KV", "pages of 16 tokens", "up to 256 tokens"):
@@ -236,3 +241,26 @@ def test_a_checkpoint_of_4_bits_gives_the_same_tokens_in_any_company(model: Path
     for request in mixed_requests():
         alone.tokens |= run(engine_of(tmp_path / "q4"), [request]).tokens
     assert run(engine_of(tmp_path / "q4"), mixed_requests()).tokens == alone.tokens
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "tolerance"),
+    [("float32", "auto", 1e-5), ("bfloat16", "auto", 0.01), ("float32", "w8a8", 0.01), ("float32", "w4a16", 1e-4)],
+)
+def test_the_compiled_kernels_and_torch_give_one_model(
+    model: Path, dtype: str, quantization: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine over the C kernels and one over the reference that runs where they cannot be compiled."""
+    compiled_library()
+    settings = {"dtype": dtype, "quantization": quantization, "quantization_group": 32}
+    prompt = tuple(i * 7 % 298 + 2 for i in range(150))
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, prompt_logprobs=0)
+    compiled = run(engine_of(model, **settings), [Request("r", prompt, params)])
+    monkeypatch.setattr("engine.devices.load_library", lambda *, int4: None)
+    plain = run(engine_of(model, **settings), [Request("r", prompt, params)])
+    found, expected = ([each.logprob for each in s.prompt_logprobs["r", 0]] for s in (compiled, plain))
+    assert len(found) == len(prompt) - 1 and max(expected) - min(expected) > 0.5
+    assert found != expected, "it was one engine twice"
+    assert found == pytest.approx(expected, abs=tolerance)
+    if dtype == "float32" and quantization == "auto":
+        assert compiled.tokens == plain.tokens

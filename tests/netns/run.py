@@ -60,7 +60,7 @@ def application(layout: dict[str, int], gateways: int) -> dict[str, Any]:
     return {
         "served_model_name": MODEL,
         "cpus_per_replica": 2,
-        "engine": {"model": "manta-tiny", "deterministic": True, "kv": {"memory": "64MiB"}},
+        "engine": {"model": "manta-tiny", "device": "cpu", "deterministic": True, "kv": {"memory": "64MiB"}},
         "parallel": layout,
         "gateway": {"replicas": gateways},
         "kv_host": {"memory": "64MiB"},

@@ -19,6 +19,7 @@ class Manta:
     def __init__(self, load: Load) -> None:
         config = EngineConfig(
             model=load.model,
+            device="cpu",
             threads=load.threads,
             quantization=_QUANTIZATION[load.format],
             kv=KVConfig(memory=load.kv_bytes, prefix_caching=False),

@@ -5,6 +5,7 @@ used only if it is whole and this user's own.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -17,7 +18,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,12 +26,16 @@ from pathlib import Path
 
 import torch
 
-from engine.kernels.cpu.library import SOURCE, Library
+from engine.kernels.cpu.library import PORTABLE, SOURCE, Library
 from engine.machine import available_cores
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
+"""Of one process of the compiler."""
+WAIT_S = 300.0
+"""For another process that compiles, at most: one that is stopped must not keep all others from starting."""
+_POLL_S = 0.05
 NUM_KEPT = 32
 """Libraries that stay in the cache. Not one: machines with other CPUs may share it, each with a version or two."""
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
@@ -55,10 +60,17 @@ class CompileError(Exception):
 def load_library(*, int4: bool = True) -> Library | None:
     """The kernels for this machine; None, with one warning, where they cannot be had."""
     try:
-        return compile_library(int4=int4)
+        library = compile_library(int4=int4)
     except CompileError as error:
         log.warning("no compiled kernels: %s; the slower reference kernels run instead", error)
         return None
+    log.info("the compiled kernels use %s", library.instruction_set)
+    if library.instruction_set == PORTABLE:
+        log.warning(
+            "the compiled kernels are portable C, several times slower than vector instructions: the compiler finds "
+            "neither AVX-512 nor AVX2 with FMA on this machine; a virtual machine may have to be given its host's CPU"
+        )
+    return library
 
 
 def compile_library(
@@ -72,13 +84,23 @@ def compile_library(
     kept = (folder or _cache_folder()) / f"{recipe.key}.so"
     if (library := _load_kept(kept, recipe.left_out)) is not None:
         return library
+    with _turn(kept.parent):
+        # Another process may have compiled them in the meantime.
+        return _load_kept(kept, recipe.left_out) or _compile(recipe, kept)
+
+
+def _compile(recipe: "Recipe", kept: Path) -> Library:
     with tempfile.TemporaryDirectory(prefix="manta-kernels-") as made_in:
         began = time.monotonic()
-        made = _build(recipe, Path(made_in), began + TIMEOUT_S)
-        path = _keep(made, kept)
-        log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, path)
-        library = _load(path, recipe.left_out)
-    if path == kept:
+        made = _build(recipe, Path(made_in))
+        is_kept = _keep(made, kept)
+        log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, kept if is_kept else made)
+        library = _load_kept(kept, recipe.left_out) if is_kept else None
+        if library is None:
+            library = _load(made, recipe.left_out)
+            if is_kept:
+                log.warning("kernels cannot be loaded from %s, so every start compiles them again", kept.parent)
+    if is_kept:
         _remove_old(kept.parent)
     return library
 
@@ -123,7 +145,7 @@ class Recipe:
 
 def _recipe(march: str, source: Path, *, int4: bool) -> Recipe:
     compiler = _find_compiler()
-    version = _call([*compiler, "--version"], time.monotonic() + TIMEOUT_S)
+    version = _call([*compiler, "--version"])
     # On Arm, clang takes the name of a CPU but not of an instruction set as "native"; gcc takes both.
     arm = platform.machine() in ("aarch64", "arm64")
     flags = (*_FLAGS, f"-{'mcpu' if arm else 'march'}={march}")
@@ -162,24 +184,24 @@ def _cpu() -> str:
     return f"{platform.machine()} {instructions or platform.processor()}"
 
 
-def _build(recipe: Recipe, folder: Path, deadline: float) -> Path:
+def _build(recipe: Recipe, folder: Path) -> Path:
     """Compiles each file in its own process, as many at once as there are cores, and links them."""
 
     def compile_file(path: Path) -> str:
         began = time.monotonic()
         target = folder / f"{path.stem}.o"
-        _call(recipe.command(path, target), deadline)
+        _call(recipe.command(path, target))
         log.debug("%s: %.2f s", path.name, time.monotonic() - began)
         return str(target)
 
     with ThreadPoolExecutor(available_cores()) as pool:
         objects = list(pool.map(compile_file, recipe.files))
     library = folder / "kernels.so"
-    _call([*recipe.compiler, "-shared", *objects, str(recipe.openmp), "-lm", "-o", str(library)], deadline)
+    _call([*recipe.compiler, "-shared", *objects, str(recipe.openmp), "-lm", "-o", str(library)])
     return library
 
 
-def _call(command: Sequence[str], deadline: float) -> str:
+def _call(command: Sequence[str]) -> str:
     """Runs one process of the compiler and returns what it printed."""
     try:
         process = subprocess.Popen(
@@ -194,7 +216,7 @@ def _call(command: Sequence[str], deadline: float) -> str:
     except OSError as error:
         raise CompileError(f"the compiler {command[0]} cannot be run: {error}") from error
     try:
-        output, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        output, _ = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         # The compiler is a driver with processes of its own, which hold the pipe open.
         os.killpg(process.pid, signal.SIGKILL)
@@ -217,39 +239,105 @@ def _cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"manta-kernels-{os.geteuid()}"
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(status: os.stat_result) -> bool:
     """Whether nobody but this user can have written what is there."""
-    status = path.stat()
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_our_folder(path: Path) -> bool:
+    """A link is none: where /tmp is shared, others may have put it there and change where it leads."""
+    status = path.lstat()
+    return stat.S_ISDIR(status.st_mode) and _is_ours(status)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Processes that share the cache compile one after the other; what the first has compiled the others load.
+
+    The system ends a turn with its process. Without one goes who cannot have a turn here, or has waited for `WAIT_S`.
+    """
+    lock = None
+    with contextlib.suppress(OSError):
+        _make_folder(folder)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if lock is None:
+        yield
+        return
+    try:
+        _wait_for(lock)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _wait_for(lock: int) -> None:
+    until = time.monotonic() + WAIT_S
+    is_said = False
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not is_said:
+                log.info("waiting for another process that compiles kernels")
+                is_said = True
+            time.sleep(_POLL_S)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
+    log.warning("another process has been compiling kernels for %.0f s; this one compiles its own", WAIT_S)
 
 
 def _load_kept(path: Path, left_out: frozenset[str]) -> Library | None:
     """The library of an earlier compilation; None where it is missing, damaged or not ours, and to be made anew."""
     try:
-        if not (_is_ours(path.parent) and _is_ours(path)):
+        if not _is_our_folder(path.parent):
             return None
-        content = path.read_bytes()
-        # A damaged file could be loaded and crash later, so its digest is kept behind the part that the loader reads.
-        if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
-            return None
-        library = _load(path, left_out)
-    except (OSError, CompileError):
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if not (_is_ours(os.fstat(file)) and _is_whole(file)):
+        os.close(file)
+        return None
+    # From here on it stays open: its number is a part of the name by which the loader tells libraries apart.
+    try:
+        library = _load(_opened(file, path), left_out)
+    except CompileError:
         return None
     with contextlib.suppress(OSError):  # The time of the last use, which tells what to keep.
-        os.utime(path)
+        os.utime(file)
     return library
 
 
-def _keep(made: Path, kept: Path) -> Path:
-    """Puts the library into the cache in one step; returns where it is now, which is where it was if that fails."""
+def _is_whole(file: int) -> bool:
+    """A damaged file could be loaded and crash later, so its digest is kept behind the part that the loader reads."""
+    with open(file, "rb", closefd=False) as reader:
+        content = reader.read()
+    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
+
+
+def _opened(file: int, path: Path) -> Path:
+    """A name of the very file that is open, whatever has been put in its place since."""
+    name = Path(f"/proc/self/fd/{file}")
+    return name if name.exists() else path
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises PermissionError where it is not this user's alone."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_our_folder(folder):
+        raise PermissionError(
+            f"others than this user can write to {folder}, or it is a link; it should be a folder of this user's, with "
+            "mode 700"
+        )
+
+
+def _keep(made: Path, kept: Path) -> bool:
+    """Puts the library into the cache in one step, if it can."""
     content = made.read_bytes()
     aside = kept.with_name(f".{kept.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(kept.parent):
-            raise PermissionError(
-                f"others than this user can write to {kept.parent}; it should be this user's, with mode 700"
-            )
+        _make_folder(kept.parent)
         aside.write_bytes(content + hashlib.sha256(content).digest())
         aside.chmod(0o600)
         aside.replace(kept)
@@ -257,8 +345,8 @@ def _keep(made: Path, kept: Path) -> Path:
         with contextlib.suppress(OSError):
             aside.unlink()
         log.warning("the compiled kernels cannot be kept, so every start compiles them again: %s", error)
-        return made
-    return kept
+        return False
+    return True
 
 
 def _remove_old(folder: Path) -> None:

@@ -20,6 +20,8 @@ SOURCE = Path(__file__).parent / "source"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that the kernels compute on, as `enum dtype` of step.h."""
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+PORTABLE = "portable C"
+"""The `instruction_set` where vector.h has no instructions of the machine to choose."""
 NO_ACTIVATION = -1
 """As `enum activation` of step.h."""
 _OPERATION = re.compile(r"struct (\w+) \{([^{}]*)\};\s*OPERATION\(\1\);")
@@ -65,6 +67,10 @@ class Library:
             for name, arguments in argument_types().items()
             if name not in left_out
         }
+        name = self._library.instruction_set
+        name.restype = ctypes.c_char_p
+        self.instruction_set: str = name().decode()
+        """What the kernels were compiled for, in words: `VECTOR_NAME` of vector.h."""
         self._run = self._library.run_program
         self._run.restype = None
         self._run.argtypes = [

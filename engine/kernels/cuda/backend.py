@@ -3,6 +3,8 @@
 The only module of this package that decisions at start need; importing it needs no CUDA.
 """
 
+import logging
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -16,6 +18,8 @@ from engine.kernels.cuda.operators import CudaOperators
 from engine.kernels.operators import RanksSum
 from engine.kv.cache import KVLayout, PagedKVCache
 from engine.models.decoder import Decoder
+
+log = logging.getLogger(__name__)
 
 PAGE_TOKENS = PAGE_MULTIPLE
 """Tokens of a page unless the operator asks for more: the fewest that flash attention reads."""
@@ -87,8 +91,31 @@ def free_bytes() -> int:
 
 def load_fused() -> Fused:
     """Triton's operators where it is installed, as it is with every CUDA build of torch for Linux; else torch's."""
-    if find_spec("triton") is None:
+    return TorchFused() if find_spec("triton") is None else tried(_make_triton, torch.device("cuda"))
+
+
+def tried(make: Callable[[], Fused], device: torch.device) -> Fused:
+    """What `make` makes, once it has run on the device; torch's operators, with one warning, where it cannot.
+
+    That Triton is installed says little: it compiles a part of itself with the C compiler of the machine at its first
+    launch, which would else be that of the first request.
+    """
+    try:
+        fused = make()
+        row = torch.ones(1, 16, dtype=torch.bfloat16, device=device)
+        fused.rms_norm(row, row[0], 1e-5, None)[0].cpu()
+    except Exception as error:  # Whatever Triton, a compiler or the driver raises.
+        log.warning(
+            "Triton's kernels cannot run here, so plain torch does their work and takes longer: %s: %s; Triton needs a "
+            "C compiler and Python's headers (gcc and python3-dev)",
+            type(error).__name__,
+            str(error).strip().partition("\n")[0],
+        )
         return TorchFused()
+    return fused
+
+
+def _make_triton() -> Fused:
     from engine.kernels.cuda.triton_fused import TritonFused
 
     return TritonFused()

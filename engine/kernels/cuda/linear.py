@@ -1,9 +1,11 @@
-"""Linear layers on a GPU: dense, 8-bit integers, 8-bit floats, 4-bit weights. Owns each kernel's form of a weight.
+"""Linear layers on a GPU: dense, 8-bit integers, 8-bit floats, 4-bit weights (`int4`). Owns the choice of the form.
 
 A `Product` is a weight in the form that one of torch's kernels reads; `CudaLinear` is a product with a gate behind it.
 """
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels.cuda.fused import Fused
+from engine.kernels.cuda.int4 import Crossovers, Int4Product, int4_obstacle
 from engine.models.spec import Activation
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
 
@@ -20,13 +23,14 @@ INT_MM_ROWS = 32
 """It also wants more than 16 rows; shorter steps are padded to this many, a tile of the tensor cores."""
 FP8_MULTIPLE = 16
 """`torch._scaled_mm` wants weight sizes that are multiples of this."""
+FP8_TRIED_ROWS = (1, 16, 128)
+"""Rows of the products that are tried when a weight is turned into 8-bit floats: decodes, and short prompts."""
 FP8_CAPABILITY = (8, 9)
 """Compute capability with products of 8-bit floats, and above."""
-INT4_GROUPS = (32, 64, 128, 256)
-"""Groups that `torch._weight_int4pack_mm` knows; it computes on bfloat16 alone."""
-INNER_TILES = 8
-"""16 input channels each, side by side in its packed form; its shape must divide evenly."""
-INT4_OUT_MULTIPLE = 8
+
+log = logging.getLogger(__name__)
+
+Warn = Callable[[str], object]
 
 
 class Product(Protocol):
@@ -142,74 +146,54 @@ class Fp8Product:
         return (self.values[ids].to(torch.float32) * self.scale[ids, None]).to(dtype)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Int4Product:
-    """W4A16 through torch's int4pack kernel, which turns weights into bfloat16 in registers."""
-
-    packed: Tensor
-    """As `torch.ops.aten._convert_weight_to_int4pack` lays it out."""
-    scale_and_zero: Tensor
-    """See `int4pack_scales`."""
-    group: int
-    order: Tensor | None
-    bias: Tensor | None
-
-    @staticmethod
-    def of(weight: Int4Weight, bias: Tensor | None) -> "Int4Product":
-        """From a weight without an `int4_obstacle`."""
-        packed = torch.ops.aten._convert_weight_to_int4pack(swap_nibbles(weight.packed), INNER_TILES)
-        return Int4Product(packed, int4pack_scales(weight), weight.group, weight.order, bias)
-
-    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        x = x if self.order is None else x.index_select(1, self.order)
-        y = torch.ops.aten._weight_int4pack_mm(x, self.packed, self.group, self.scale_and_zero)
-        return (y if self.bias is None else y + self.bias).to(dtype)
-
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        raise TypeError("the packed form of a 4-bit weight has no rows: an embedding is dense or of 8 bits")
-
-
 def make_product(
-    weight: Weight, bias: Tensor | None, dtype: torch.dtype, fused: Fused, *, fp8: bool, has_rows: bool
+    weight: Weight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    fused: Fused,
+    *,
+    fp8: bool,
+    has_rows: bool,
+    crossovers: Crossovers | None = None,
+    warn: Warn = log.warning,
 ) -> Product:
     """The fastest form of a weight on its device, for activations of `dtype`.
 
     `fp8` turns a dense weight into 8-bit floats where its sizes allow it; `has_rows` is asked of an embedding, which
-    stays dense where the weight is not of 8 bits.
+    stays dense where the weight is not of 8 bits. `crossovers` tells when to unpack weights of 4 bits; `warn` is told
+    of a form that was asked for and cannot be had.
     """
     if isinstance(weight, Int8Weight):
         return Int8Product.of(weight, bias, fused)
     if isinstance(weight, Int4Weight):
-        if weight.packed.is_cuda and not has_rows and int4_obstacle(weight, dtype) is None:
-            return Int4Product.of(weight, bias)
-        return DenseProduct(weight.dequantize().to(dtype), bias)
+        obstacle = int4_obstacle(weight, dtype)
+        if not weight.packed.is_cuda or has_rows or obstacle is not None:
+            if obstacle is not None and not has_rows:
+                warn(f"weights of 4 bits are made dense and take four times the memory: the kernel is given {obstacle}")
+            return DenseProduct(weight.dequantize().to(dtype), bias)
+        product = Int4Product.of(weight, bias)
+        return product if crossovers is None else replace(product, unpacking=crossovers.unpacking(product))
     if fp8 and not has_rows and not any(size % FP8_MULTIPLE for size in weight.shape):
-        return Fp8Product.of(weight, bias, fused)
+        product8 = Fp8Product.of(weight, bias, fused)
+        if (refusal := refused(product8, dtype)) is None:
+            return product8
+        warn(f"weights of {weight.shape[0]} x {weight.shape[1]} stay as they are, not in 8-bit floats: {refusal}")
     return DenseProduct(weight, bias)
 
 
-def int4_obstacle(weight: Int4Weight, dtype: torch.dtype) -> str | None:
-    """Why torch's int4pack kernel cannot multiply by this weight, in words; None if it can."""
-    rows, columns = weight.shape
-    if dtype != torch.bfloat16:
-        return f"activations of {str(dtype).removeprefix('torch.')}, and it knows bfloat16 alone"
-    if weight.group not in INT4_GROUPS:
-        return f"groups of {weight.group} channels, and it knows {', '.join(map(str, INT4_GROUPS))}"
-    if rows % INT4_OUT_MULTIPLE or columns % (16 * INNER_TILES):
-        return f"shape {rows} x {columns}, and it needs multiples of {INT4_OUT_MULTIPLE} x {16 * INNER_TILES}"
+def refused(product: Fp8Product, dtype: torch.dtype) -> str | None:
+    """What the device's libraries say against a product of few rows, tried once; None if it runs.
+
+    cuBLAS has no kernel for few rows of some sizes with a scale for each row, and says so only when it is asked for
+    one (pytorch/ao#4582: no more than 256 rows of 9216 channels).
+    """
+    columns = product.values.shape[1]
+    for rows in FP8_TRIED_ROWS:
+        try:
+            product(torch.zeros((rows, columns), dtype=dtype, device=product.values.device), dtype)
+        except RuntimeError as error:
+            return f"a product of {rows} rows fails with {next(iter(str(error).splitlines()), type(error).__name__)}"
     return None
-
-
-def swap_nibbles(packed: Tensor) -> Tensor:
-    """Even channels in the high four bits, as the converter reads them; `Int4Weight` has them in the low ones."""
-    return ((packed & 15) << 4) | (packed >> 4)
-
-
-def int4pack_scales(weight: Int4Weight) -> Tensor:
-    """[in / group, out, 2] bfloat16 of (s, z) with which the kernel computes weight = (value - 8) * s + z."""
-    middle = 8.0 if weight.zero is None else weight.zero.to(torch.float32)
-    shift = (8.0 - middle) * weight.scale
-    return torch.stack((weight.scale, shift), dim=2).transpose(0, 1).contiguous().to(torch.bfloat16)
 
 
 def fp8_obstacle(capability: tuple[int, int]) -> str | None:

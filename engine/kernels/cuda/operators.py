@@ -1,17 +1,22 @@
 """The operators of a CUDA device: what a decoder asks for, in the forms of `linear`, `attention` and `fused`."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 from engine.kernels.cuda.attention import CudaAttention
 from engine.kernels.cuda.experts import CudaExpertLinear
 from engine.kernels.cuda.fused import Fused
+from engine.kernels.cuda.int4 import Crossovers, device_seconds, pack
 from engine.kernels.cuda.linear import CudaLinear, make_product
 from engine.kernels.operators import AttentionLayout, Embedding, ExpertLinear, Experts, Linear, RanksSum, Routing
 from engine.kernels.reference import ReferenceOperators, held_rows
 from engine.kernels.routing import TableExperts
 from engine.models.spec import Activation
 from engine.quant.weights import Weight
+
+log = logging.getLogger(__name__)
 
 
 class CudaOperators:
@@ -35,6 +40,8 @@ class CudaOperators:
         self._capability = capability
         self._fp8 = fp8
         self._reference = ReferenceOperators(ranks)
+        self._crossovers = Crossovers(device_seconds, pack)
+        self._warned: set[str] = set()
 
     def linear(
         self,
@@ -47,7 +54,16 @@ class CudaOperators:
         # Heads and routers ask for a dtype of their own. A head may have to serve as the embedding too, and a router is
         # too small to gain by another form.
         stays = out_dtype is not None
-        product = make_product(weight, bias, self._dtype, self._fused, fp8=self._fp8, has_rows=stays)
+        product = make_product(
+            weight,
+            bias,
+            self._dtype,
+            self._fused,
+            fp8=self._fp8,
+            has_rows=stays,
+            crossovers=self._crossovers,
+            warn=self._warn,
+        )
         return CudaLinear(product, self._fused, gate, out_dtype)
 
     def expert_linear(
@@ -55,6 +71,8 @@ class CudaOperators:
     ) -> ExpertLinear:
         if self._dtype != torch.bfloat16:
             raise ValueError('mixtures of experts have CUDA kernels for bfloat16 alone; choose dtype "bfloat16"')
+        if self._fp8 or not isinstance(weight, Tensor):
+            self._warn("the weights of experts run in bfloat16: torch has no grouped CUDA kernel for 8 or 4 bits")
         return CudaExpertLinear(weight, experts, gate, out_dtype, self._fused)
 
     def experts(self, routing: Routing, inner: ExpertLinear, outer: ExpertLinear) -> Experts:
@@ -93,3 +111,9 @@ class CudaOperators:
 
     def attention(self, layout: AttentionLayout) -> CudaAttention:
         return CudaAttention(layout, self._fused, self._capability)
+
+    def _warn(self, message: str) -> None:
+        """Once, however many layers it is true of."""
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("%s", message)

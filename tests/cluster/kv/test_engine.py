@@ -33,6 +33,7 @@ class Replica:
 
         config = EngineConfig(
             model=model,
+            device="cpu",
             deterministic=True,
             max_model_len=256,
             kv=KVConfig(memory=memory),

@@ -118,11 +118,14 @@ def test_8_bit_floats_leave_head_and_embeddings_as_they_are() -> None:
         ({"torch_dtype": "float16"}, Choices("cuda"), Form("float16")),
         ({"torch_dtype": "float16"}, Choices("cpu"), Form("bfloat16")),
         ({"dtype": "bfloat16"}, Choices("cuda", kv="int8"), Form("bfloat16", int8_kv=True)),
-        ({}, Choices("cuda"), Form("float32")),
+        ({}, Choices("cuda"), Form("bfloat16")),
+        ({}, Choices("cpu"), Form("float32")),
         ({}, Choices("cuda", dtype="bfloat16"), Form("bfloat16")),
         ({}, Choices("cpu", quantization="w8a8"), Form("float32", "w8a8", int8_kv=True)),
         ({}, Choices("cpu", quantization="w8a8", kv="model"), Form("float32", "w8a8")),
-        ({}, Choices("cuda", quantization="w4a16", group=32), Form("float32", "w4a16", group=32)),
+        ({}, Choices("cuda", quantization="w4a16", group=32), Form("bfloat16", "w4a16", group=32)),
+        ({"torch_dtype": "float16"}, Choices("cuda", quantization="w4a16"), Form("bfloat16", "w4a16")),
+        ({"torch_dtype": "float16"}, Choices("cuda", quantization="w8a8"), Form("float16", "w8a8")),
     ],
 )
 def test_auto_is_resolved_as_the_engine_does(config: dict[str, Any], choices: Choices, expected: Form) -> None:
@@ -133,6 +136,7 @@ def test_checkpoints_in_4_bits_have_their_own_groups() -> None:
     config = {"dtype": "bfloat16"}
     gptq = form_of(config, Gptq(128, zero_offset=1), Choices("cuda"))
     assert (gptq.checkpoint, gptq.group, gptq.unit) == ("w4a16", 128, 128)
+    assert form_of({"dtype": "float16"}, Gptq(128, zero_offset=1), Choices("cuda")).dtype == "bfloat16"
     whole = form_of(config, Awq(-1), Choices("cuda"))
     assert whole.unit == 32, "the channels that a kernel takes at once"
     assert whole.weight_bytes("layers.0.out.weight", (8, 64), LLAMA2_7B) == 8 * 32 + 8 * 5

@@ -20,7 +20,10 @@ def main(model: str, port: int) -> None:
 
         from deployments.app import assemble
 
-        args = {"engine": {"model": model}, "kv_host": {"memory": "1MiB", "disk": f"{model}/kv", "disk_size": "1MiB"}}
+        args = {
+            "engine": {"model": model, "device": "cpu"},
+            "kv_host": {"memory": "1MiB", "disk": f"{model}/kv", "disk_size": "1MiB"},
+        }
         serve.run(assemble(AppConfig.model_validate(args), build_fake_engine), name="served")
         print(host_socket("served"), flush=True)
         for command in sys.stdin:

@@ -22,7 +22,7 @@ def main(model: str, port: int, gateways: int = 1, tensor: int = 1, pipeline: in
     try:
         ray.start("127.0.0.1", port)
         args: dict[str, Any] = {"replicas": 2, "cpus_per_replica": 1, "served_model_name": "fake"}
-        args |= {"engine": {"model": model}, "gateway": {"replicas": gateways}}
+        args |= {"engine": {"model": model, "device": "cpu"}, "gateway": {"replicas": gateways}}
         args |= {"parallel": {"tensor": tensor, "pipeline": pipeline}}
         deploy(args, 2)
         while not _answers(f"http://127.0.0.1:{port}/ready"):

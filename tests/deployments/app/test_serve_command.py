@@ -91,7 +91,7 @@ class Server:
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[Server, str]]:
     (port,) = free_ports(1)
-    running = Server(*arguments, "--port", str(port))
+    running = Server(*arguments, "--device", "cpu", "--port", str(port))
     try:
         yield running, f"http://127.0.0.1:{port}"
     finally:

@@ -10,9 +10,16 @@ MANTA = [sys.executable, "-m", "deployments.cli.main"]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment with a wide terminal, one arithmetic thread and no stray API key."""
+    """This process's environment with a wide terminal, one arithmetic thread, no GPU and no stray API key."""
     clean = {name: value for name, value in os.environ.items() if name != "MANTA_API_KEY"}
-    return {**clean, "COLUMNS": "160", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    return {
+        **clean,
+        "COLUMNS": "160",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
 
 
 def manta(

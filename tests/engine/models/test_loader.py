@@ -266,6 +266,26 @@ def test_float16_checkpoints_run_in_bfloat16_on_a_cpu_unless_told(
     assert load_parameters(model, device="meta").dtype == torch.float16
 
 
+def test_float32_checkpoints_run_in_bfloat16_on_a_gpu_unless_told(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is taken to the device before a decoder takes it, so this needs none."""
+    with caplog.at_level(logging.INFO):
+        assert load_parameters(model, device="cuda").dtype == torch.bfloat16
+    assert [record.getMessage() for record in caplog.records if "float32" in record.message] == [
+        f"{model}: a float32 checkpoint runs in bfloat16: no CUDA kernel computes in float32"
+    ]
+    assert load_parameters(model, "float32", device="cuda").dtype == torch.float32
+
+
+def test_4_bits_of_a_float16_checkpoint_run_in_bfloat16_on_a_gpu(model: Path) -> None:
+    """Else its kernel could not multiply by them, and they would be made dense."""
+    edit_config(model, dtype="float16")
+    assert load_parameters(model, device="cuda").dtype == torch.float16
+    assert load_parameters(model, device="cuda", quantization="w8a8").dtype == torch.float16
+    assert load_parameters(model, device="cuda", quantization="w4a16", group=16).dtype == torch.bfloat16
+
+
 def test_unused_tensors_are_logged_but_saved_constants_are_not(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "value_head.weight": torch.ones(4)}
     edit_tensors(model, lambda tensors: tensors.update(extra))

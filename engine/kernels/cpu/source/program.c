@@ -4,6 +4,7 @@
 
 #include "clock.h"
 #include "team.h"
+#include "vector.h"
 
 /* Steps of a program, in the order of their array. */
 enum axis { TOKENS = 0, ROWS = 1 };
@@ -55,4 +56,9 @@ void run_program(
     const struct step *const steps[] = {[TOKENS] = step, [ROWS] = rows};
     struct program program = {operations, count, steps, taken, seconds};
     run_team(run_operations, &program, threads);
+}
+
+/* The instruction set that all files are compiled for. */
+const char *instruction_set(void) {
+    return VECTOR_NAME;
 }

@@ -18,6 +18,18 @@
 #elif defined(__AVX2__) && defined(__FMA__)
 #define VECTOR_AVX2 1
 #endif
+
+/* What an operator is told of it; the dot products of pairs that AVX512_BF16 adds carry most of the work. */
+#if defined(VECTOR_AVX512) && defined(__AVX512BF16__)
+#define VECTOR_NAME "AVX-512 BF16"
+#elif defined(VECTOR_AVX512)
+#define VECTOR_NAME "AVX-512"
+#elif defined(VECTOR_AVX2)
+#define VECTOR_NAME "AVX2"
+#else
+#define VECTOR_NAME "portable C"
+#endif
+
 #if defined(VECTOR_AVX512) || defined(VECTOR_AVX2)
 #include <immintrin.h>
 #endif

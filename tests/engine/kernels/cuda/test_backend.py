@@ -1,12 +1,14 @@
 """What an operator is told when the CUDA path cannot run as it was set up."""
 
+import logging
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from engine.kernels.cuda.backend import PAGE_TOKENS, CudaBackend, check
+from engine.kernels.cuda.backend import PAGE_TOKENS, CudaBackend, check, tried
+from engine.kernels.cuda.fused import Fused, TorchFused
 from tests.engine.kernels.cuda.device import HAS_GPU
 
 
@@ -35,6 +37,39 @@ def test_the_setting_to_change_is_named(
 def test_what_can_run_passes() -> None:
     check(torch.bfloat16, PAGE_TOKENS, (8, 9), fp8=True)
     check(torch.float16, 2 * PAGE_TOKENS, (7, 5), fp8=False)
+
+
+class Uncompiled(TorchFused):
+    """As Triton where there is no C compiler: what is launched first raises."""
+
+    name = "Triton"
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
+
+
+def _broken() -> Fused:
+    raise ImportError("libcuda.so.1")
+
+
+@pytest.mark.parametrize(("make", "words"), [(Uncompiled, "Failed to find C compiler."), (_broken, "libcuda.so.1")])
+def test_kernels_that_cannot_be_launched_are_torchs_with_one_warning(
+    make: type[Fused], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert tried(make, torch.device("cpu")).name == "torch"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert words in record.getMessage() and "python3-dev" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_kernels_that_can_be_launched_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    class Compiled(TorchFused):
+        name = "Triton"
+
+    assert tried(Compiled, torch.device("cpu")).name == "Triton"
+    assert not caplog.records
 
 
 def test_importing_it_costs_neither_torchs_compiler_nor_triton() -> None:

@@ -50,6 +50,19 @@ def test_quantized_experts_are_run_in_bfloat16(bits: int) -> None:
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_experts_that_cannot_be_of_8_bits_are_warned_of_once(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    chosen = CudaOperators(torch.bfloat16, TorchFused(), (9, 0), fp8=form == "fp8")
+    weight = torch.randn(4 * 32, 64).bfloat16()
+    for _ in range(3):
+        chosen.expert_linear(quantize_int8(weight) if form == "int8" else weight, 4)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the weights of experts run in bfloat16")
+    caplog.clear()
+    operators().expert_linear(weight, 4)
+    assert not caplog.records
+
+
 def test_what_has_no_kernel_is_refused_with_what_has() -> None:
     weight = torch.randn(4 * 32, 64)
     with pytest.raises(ValueError, match='choose dtype "bfloat16"'):
