@@ -72,7 +72,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory(prefix="mg-", dir="/tmp") as directory:
+    # What Ray leaves to others to end may still write.
+    with tempfile.TemporaryDirectory(prefix="mg-", dir="/tmp", ignore_cleanup_errors=True) as directory:
         command = [sys.executable, "-m", "tests.cluster.shards.group_server", directory, "4", "2"]
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stdin is not None
