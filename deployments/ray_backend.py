@@ -40,6 +40,9 @@ ATTEMPT_TIMEOUT_S = 5.0
 CARD_TIMEOUT_S = 2.0
 ASK_AGAIN_S = 1.0
 """Before a replica that did not say what it serves is asked again."""
+MOST_DEATHS = 2
+"""Replicas that may die with a request on its way to them before that is held against it. One that is killed dies with
+all that are on their way, and routers may not know of that at once."""
 ABORT_TIMEOUT_S = 20.0
 FAREWELL = "%d requests leave their replica: %s"
 LOOK_S = 0.25
@@ -123,29 +126,37 @@ class RayBackend:
     async def _submit(self, request: Request) -> TokenStream:
         """The stream of the replica that took the request; looks for another one when a replica is gone."""
         cost = await self._cost(request)
+        died: set[str] = set()
         try:
             async with asyncio.timeout(SUBMIT_TIMEOUT_S):
                 while self._ended is None:
                     self._look_around()
                     if self._cards.is_gone(request.model, self._ledger.listed or ()):
                         raise ModelGone("the model that the request was made for has been replaced by another one")
-                    stream = await self._attempt(request, cost)
+                    stream = await self._attempt(request, cost, died)
                     if stream is not None:
                         return stream
+                    if len(died) >= MOST_DEATHS:
+                        raise ReplicaLost(f"{len(died)} replicas died before they took the request")
                     # Serve replaces a replica within seconds: better to wait for it than to send the client away.
                     await asyncio.sleep(RETRY_AFTER_S)
         except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
             raise NotReady("no replica took the request") from error
         raise GenerationFailed(self._ended)
 
-    async def _attempt(self, request: Request, cost: int) -> TokenStream | None:
-        """Sends the request to one replica; None if that one cannot take it, or is gone. Raises InvalidRequest."""
+    async def _attempt(self, request: Request, cost: int, died: set[str]) -> TokenStream | None:
+        """Sends the request to one replica; None if that one cannot take it, or is gone. Raises InvalidRequest.
+
+        A replica that dies meanwhile is added to `died`.
+        """
         stream = self._open(request)
         try:
             answer = await self._call(self._submit_to_any(stream, request, cost), ATTEMPT_TIMEOUT_S)
         except BaseException as error:
-            if isinstance(error, TimeoutError):
-                self._ledger.avoid_place_of(stream.wire_id)
+            if isinstance(error, RayActorError | TimeoutError):
+                place = self._ledger.avoid_place_of(stream.wire_id)
+                if isinstance(error, RayActorError) and place is not None:
+                    died.add(place)
             self._close(stream)
             if isinstance(error, RayActorError | TimeoutError):
                 return None
@@ -270,7 +281,7 @@ class RayBackend:
             if link.streams:
                 logger.warning(FAREWELL, len(link.streams), failure)
                 self._shun(link.replica_id)
-                if loss is Loss.GONE:
+                if loss is not Loss.FAILED:
                     # It may be there after all, and need not work for nobody.
                     self._abort(link.replica_id, *link.streams)
             for stream in tuple(link.streams.values()):

@@ -38,5 +38,5 @@ def meaning(error: Exception, replica_id: str) -> tuple[str, Loss]:
         case RayActorError():
             return f"replica {replica_id} died", Loss.FAILED
         case TimeoutError():
-            return f"replica {replica_id} sent nothing for {SILENT_TICKS * TICK_S:.0f} s", Loss.GONE
+            return f"replica {replica_id} sent nothing for {SILENT_TICKS * TICK_S:.0f} s", Loss.SILENT
     return f"the stream of replica {replica_id} broke: {error}", Loss.GONE

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.exceptions import ActorUnavailableError
 
 from deployments import replica as replica_module
 from deployments.messages import Attach, Frame, Submit
@@ -60,6 +61,8 @@ class Deployment:
         self.replicas: dict[str, Replica] = {}
         self.faults: dict[str, Exception] = {}
         """What the frames of a replica end with."""
+        self.deadly: list[str] = []
+        """Replicas that a request ends on its way to them."""
         self.stalled: dict[str, asyncio.Event] = {}
         """What the frames of a replica get lost before; the replica goes on and knows nothing of it."""
         self.answers = asyncio.Event()
@@ -143,6 +146,8 @@ class _Method:
     async def _call(self, call: Any) -> Any:
         if isinstance(call, Submit):
             chosen = await self._deployment.route(call)
+            if chosen._replica_id in self._deployment.deadly:
+                raise ActorUnavailableError("killed", None)
             answer = await chosen.submit(replace(call, outstanding={}))
             await self._deployment.answers.wait()
             return answer

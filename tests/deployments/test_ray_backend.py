@@ -10,7 +10,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from deployments import silence, token_streams
-from deployments.backend import Loss, ModelGone, ReplicaLost
+from deployments.backend import GenerationFailed, Loss, ModelGone, ReplicaLost
 from deployments.continuation import ContinuingBackend
 from deployments.messages import Submit
 from deployments.replica import identity_of
@@ -315,6 +315,36 @@ def test_nothing_is_added_to_a_stream_that_has_failed() -> None:
             await stream.take()
 
     asyncio.run(scenario())
+
+
+def test_a_request_that_ends_replicas_before_they_take_it_fails_after_eight_of_them(play: Run) -> None:
+    async def scenario(setting: Setting) -> None:
+        names = [f"r{number}" for number in range(10)]
+        for name in names:
+            await setting.deployment.start(name)
+        request = await setting.request(max_tokens=5)
+        setting.deployment.deadly = names
+        with pytest.raises(GenerationFailed, match="4 replicas in a row failed with this request"):
+            await Reading(setting, request).done
+        avoided = setting.backend._ledger._avoided
+        assert len(avoided) == 8, "who died comes last from then on"
+        setting.deployment.deadly = []
+        assert await Reading(setting, request).is_exact()
+
+    play(scenario)
+
+
+def test_a_replica_that_dies_with_a_request_on_its_way_is_no_evidence(play: Run) -> None:
+    async def scenario(setting: Setting) -> None:
+        for name in ("a", "b"):
+            await setting.deployment.start(name)
+        request = await setting.request(max_tokens=5)
+        setting.deployment.deadly = ["a"]
+        readings = [Reading(setting, request) for _ in range(8)]
+        assert all([await reading.is_exact() for reading in readings])
+        assert not any(reading.interruptions for reading in readings)
+
+    play(scenario)
 
 
 def test_replicas_can_go_on_for_each_other_if_files_and_numbers_are_the_same(tmp_path: Path) -> None:
