@@ -1,6 +1,7 @@
 """Runs the application with KV hosts over fake engines: `python -m tests.deployments.app.host_server MODEL_DIR PORT`.
 
-Prints the path of the node's socket. Then each line of standard input is a command: "delete" deletes the application.
+Prints the path of the node's socket. Then each line of standard input is a command: "deploy" replaces everything by a new
+version, "delete" deletes the application; it prints "done" when it is.
 When standard input is closed, everything ends.
 """
 
@@ -21,12 +22,16 @@ def main(model: str, port: int) -> None:
         from deployments.app import assemble
 
         args = {"engine": {"model": model}, "kv_host": {"memory": "1MiB", "disk": f"{model}/kv", "disk_size": "1MiB"}}
-        serve.run(assemble(AppConfig.model_validate(args), build_fake_engine), name="served")
+        config = AppConfig.model_validate(args)
+        serve.run(assemble(config, build_fake_engine), name="served")
         print(host_socket("served"), flush=True)
         for command in sys.stdin:
-            assert command == "delete\n"
-            serve.delete("served")
-            print("deleted", flush=True)
+            if command == "deploy\n":
+                serve.run(assemble(config, build_fake_engine), name="served")
+            else:
+                assert command == "delete\n"
+                serve.delete("served")
+            print("done", flush=True)
     finally:
         ray.stop()
 

@@ -29,6 +29,11 @@ class Application:
         self.url = url
         self.socket = socket
 
+    def tell(self, command: str) -> None:
+        """A line for `tests.deployments.app.host_server`."""
+        assert self.process.stdin is not None
+        print(command, file=self.process.stdin, flush=True)
+
     def pids(self, name: str) -> list[int]:
         """Processes of an actor class."""
         return [pid for pid, command in below(self.process.pid).items() if name in command]
@@ -104,6 +109,18 @@ def test_pages_outlive_the_replicas_and_the_keeper(application: Application) -> 
     until(lambda: application.metric("manta:kv_host_memory_pages") == 4)
 
 
+def test_pages_outlive_a_new_version_of_everything(application: Application) -> None:
+    asyncio.run(write(application.socket, "c"))
+    old = {name: set(application.pids(name)) for name in (":LLMReplica", ":KVHosts")}
+    (host,) = application.pids(":KVHostActor")
+    application.tell("deploy")
+    assert application.process.stdout is not None and "done\n" in iter(application.process.stdout.readline, "")
+    until(lambda: not any(pids & set(application.pids(name)) for name, pids in old.items()))
+    assert application.pids(":KVHostActor") == [host]
+    assert asyncio.run(count_found(application.socket, "c")) == 1
+    until(lambda: application.metric("manta:kv_host_memory_pages") == 5)
+
+
 def test_a_killed_host_is_back_on_the_same_path(application: Application) -> None:
     (host,) = application.pids(":KVHostActor")
 
@@ -128,8 +145,7 @@ def test_it_ends_with_the_application_and_leaves_nothing(application: Applicatio
         async with connected(application.socket) as client:
             segment = client.segment.path
             assert segment.exists()
-            application.process.stdin.write("delete\n")
-            application.process.stdin.flush()
+            application.tell("delete")
             async with asyncio.timeout(60):
                 while await client.reader.read(1 << 20):
                     pass
