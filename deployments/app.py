@@ -40,7 +40,7 @@ GATEWAY_SURGE_PERCENT = 100
 """New gateways take requests before old ones take no more; they reserve nothing, so there is always room for them."""
 
 KEEPER_SURGE_PERCENT = 100
-"""A new keeper has taken the KV hosts over before the old one goes, which would end them with all their pages."""
+"""A new keeper of KV hosts or of streams has taken over what there is before the old one goes, and that with it."""
 
 
 def build(args: AppConfig) -> Application:
@@ -82,7 +82,7 @@ def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: Rank
     # the cluster ends anyway.
     streams = (
         _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S)
-        .options(ray_actor_options={"num_cpus": 0, "resources": HEAD})
+        .options(ray_actor_options={"num_cpus": 0, "resources": HEAD}, max_surge_percent=KEEPER_SURGE_PERCENT)
         .bind(config.gateway.streams, hub)
     )
     gateway = _deployment(
