@@ -8,9 +8,9 @@ python -m benchmarks.chaos --kills 20 --model s135m --words 870 --max-tokens 60 
 
 The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
 Every kill has caches of its own (a salt), so that what one round has computed helps no other. A gap is how much longer
-than usual a stream was silent at the kill that cut it, before its first event or between two; of a KV host, which cuts none, those of all streams. The next
-kill waits until all processes are there again and replicas have loaded the model, so that a gap tells how soon a death
-is noticed, and not how long it takes to start a replica.
+than usual a stream was silent at the kill that cut it, before its first event or between two; of a KV host, which cuts
+none, those of all streams. The next kill waits until all processes are there again and replicas have loaded the model,
+so that a gap tells how soon a death is noticed, and not how long it takes to start a replica.
 
 A killed gateway takes its connections along. With gateways among the victims the clients say that they may come back,
 and do: to their streams where they were, and with the same request when nothing has come of it, as of any answer in one

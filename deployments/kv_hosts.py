@@ -2,7 +2,8 @@
 
 Owns the lease of the hosts. They survive a crash of this process, which Serve replaces: the next one takes them over.
 They end with the application: Serve lets this one say goodbye, and if it cannot, the lease runs out. In an update its
-successor has them before that, and the goodbye is of no account. Ray's control plane may hang meanwhile, and so may any host: neither may cost the others their lease.
+successor has them before that, and the goodbye is of no account. Ray's control plane may hang meanwhile, and so may any
+host: neither may cost the others their lease.
 """
 
 import asyncio

@@ -18,13 +18,12 @@ from deployments.streams.messages import Answer, Entry, Kept, Report
 from deployments.streams.table import StreamTable
 from monitoring.recorder import Delta, Recorder
 
-
 logger = logging.getLogger(__name__)
 
 HAND_OVER_S = 10.0
 """For the store before this one to say what it keeps."""
 REFUSE_S = 30.0
-"""How long a store refuses that has handed everything over. It is gone long before that, unless its successor failed."""
+"""How long a store refuses that has handed everything over. It is gone long before, unless its successor has failed."""
 
 
 class HandedOver(Exception):
