@@ -26,8 +26,8 @@ PROOFS = 2
 But where replicas are killed again and again, an innocent that waits for its first token for a quarter of the time is
 hit by three failures in a row, one of them a proof, once in 64 times, and by four once in 256."""
 REPEATED = 4
-"""Failures in all that make a suspect of a request whatever it brought between them. Kills at random hit few as often:
-of 200 in a run of `benchmarks.chaos` none has had more than two for itself."""
+"""Failures in all that make a suspect of a request whatever it brought between them. Kills at random rarely hit one
+stream more than twice."""
 MOST_FAILURES = 8
 """Failures in all that end a request: one that fails its replica long after it began is not to go on for ever."""
 TRIAL_S = 10.0
