@@ -8,9 +8,9 @@ python -m benchmarks.chaos --kills 20 --model s135m --words 870 --max-tokens 60 
 
 The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
 Every kill has caches of its own (a salt), so that what one round has computed helps no other. A gap is how much longer
-than usual a stream was silent at the kill that cut it; of a KV host, which cuts none, those of all streams. The next
-kill waits until all processes are there again and replicas have loaded the model, so that a gap tells how soon a death
-is noticed, and not how long it takes to start a replica.
+than usual a stream was silent at the kill that cut it, before its first event or between two; of a KV host, which cuts
+none, those of all streams. The next kill waits until all processes are there again and replicas have loaded the model,
+so that a gap tells how soon a death is noticed, and not how long it takes to start a replica.
 
 A killed gateway takes its connections along. With gateways among the victims the clients say that they may come back,
 and do: to their streams where they were, and with the same request when nothing has come of it, as of any answer in one
@@ -114,17 +114,14 @@ def run_kills(server: Server, calm: Calm, plan: Plan) -> Tally:
     comes_back = "gateway" in plan.victims
     for number in range(1, plan.kills + 1):
         victim = plan.victims[(number - 1) % len(plan.victims)]
-        continued = sum(server.series("manta:request_continuations_total"))
         delay = rng.uniform(earliest, 0.9 * calm.seconds)
         pid = rng.choice(server.pids(victim))
         asked = salted(calm.asked, str(number))
         strike = partial(server.kill, victim, pid, plan.how)
         answers, moment = asyncio.run(ask_under(server.url, asked, delay, strike, comes_back=comes_back))
         _await_all(server, victim)
-        # A gateway's counters may go with it.
-        continued = max(0.0, sum(server.series("manta:request_continuations_total")) - continued)
         cut = tally.victims[victim].cut
-        for complaint in tally.add(victim, answers, calm.answers, moment, int(continued)):
+        for complaint in tally.add(victim, answers, calm.answers, moment, server.continued()):
             print(f"kill {number}: {complaint}", flush=True)
         cut = tally.victims[victim].cut - cut
         seconds = time.monotonic() - moment

@@ -40,6 +40,7 @@ async def ask(
     `into`: an empty answer to write to, for somebody who watches.
     """
     answer = Answer() if into is None else into
+    answer.asked = time.monotonic()
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -22,6 +22,9 @@ _LOADED = re.compile(r"^\S+ INFO replica (\w+): .* pages of \d+ tokens", re.MULT
 _LINKED = re.compile(r"^\S+ INFO (?:replica|rank of) \w+: KV host at ", re.MULTILINE)
 """What a replica, or each of its ranks, logs once it has found the KV host."""
 
+_CONTINUED = re.compile(r": Request (\S+?)(?:-\d{1,3})? goes on elsewhere", re.MULTILINE)
+"""What a gateway logs of a request that its replica does not go on with; a number at its end is that of the prompt."""
+
 
 class Server:
     """`manta serve` and the processes that belong to it."""
@@ -100,6 +103,10 @@ class Server:
 
     def _logged(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def continued(self) -> set[str]:
+        """Ids of all answers so far that went on at another replica."""
+        return set(_CONTINUED.findall(self._logged()))
 
     def series(self, name: str) -> list[float]:
         """The values of all series of a metric."""

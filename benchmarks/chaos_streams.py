@@ -43,6 +43,10 @@ class Answer:
     choices: dict[int, Choice] = field(default_factory=dict)
     usage: dict[str, int] = field(default_factory=dict)
     error: str | None = None
+    id: str = ""
+    """By which the server's log knows the request."""
+    asked: float | None = None
+    """When it was asked for first."""
     times: list[float] = field(default_factory=list)
     """When each event came; of an answer in one piece, when it came."""
     events: list[str] = field(default_factory=list)
@@ -67,6 +71,7 @@ class Answer:
         if "error" in payload:
             self.error = payload["error"]["message"]
             return
+        self.id = payload.get("id", "")
         if usage := payload.get("usage"):
             self.usage = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
         for part in payload["choices"]:
@@ -109,13 +114,27 @@ class Answer:
                 return f"event {number} is {found} instead of {expected}"
         return None
 
-    def gap(self, moment: float) -> float | None:
-        """By how many seconds the silence that begins at a moment is longer than is usual here; None if it was over."""
-        spans = list(pairwise(self.times))
-        around = [end - begin for begin, end in spans if moment < end and begin < moment + IN_FLIGHT_S]
-        if not around:
+    @property
+    def first_s(self) -> float | None:
+        """Seconds until its first event; None of what is no stream."""
+        if self.asked is None or not self.num_events or not self.times:
             return None
-        return max(0.0, max(around) - median(end - begin for begin, end in spans))
+        return self.times[0] - self.asked
+
+    def gap(self, moment: float, usual_first_s: float | None = None) -> float | None:
+        """By how many seconds the silence that begins at a moment is longer than is usual here; None if it was over.
+
+        `usual_first_s`: before the first event, which may be that silence.
+        """
+        spans = list(pairwise(self.times))
+        usual = median(end - begin for begin, end in spans) if spans else 0.0
+        silences = [(begin, end, usual) for begin, end in spans]
+        if self.asked is not None and self.first_s is not None and usual_first_s is not None:
+            silences.append((self.asked, self.times[0], usual_first_s))
+        around = [
+            end - begin - beyond for begin, end, beyond in silences if moment < end and begin < moment + IN_FLIGHT_S
+        ]
+        return max(0.0, *around) if around else None
 
 
 def kinds(model: str, prompt: str, max_tokens: int, stop: str) -> list[Kind]:

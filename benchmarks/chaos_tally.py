@@ -1,6 +1,6 @@
 """What became of the requests of each kind, and under the kills of each victim, as a table. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.chaos_streams import Answer
@@ -40,15 +40,19 @@ class Tally:
         self.kills = dict.fromkeys(victims, 0)
 
     def add(
-        self, victim: str, answers: Sequence[Answer], wanted: Sequence[Answer], moment: float, num_continued: int
+        self,
+        victim: str,
+        answers: Sequence[Answer],
+        wanted: Sequence[Answer],
+        moment: float,
+        continued: Collection[str],
     ) -> list[str]:
         """Takes in the answers of one kill, one of each kind in their order; returns what is wrong with them.
 
-        `moment`: of the kill. `num_continued`: requests that went on at another replica; a gateway does not say which,
-        so those with the longest gaps are taken for them.
+        `moment`: of the kill. `continued`: ids of answers that went on at another replica.
         """
         self.kills[victim] += 1
-        complaints, gaps = [], []
+        complaints = []
         for (name, total), answer, expected in zip(self.kinds.items(), answers, wanted, strict=True):
             row = Row(answers=1, resumed=answer.resumed, repeated=answer.repeated)
             if answer.error is not None:
@@ -57,21 +61,15 @@ class Tally:
             elif (found := answer.difference(expected)) is not None:
                 row.mismatches = 1
                 complaints.append(f"{name}: {found}")
-            gap = answer.gap(moment)
-            if answer.resumed or answer.repeated:
-                row.cut = 1
-                row.gaps = [] if gap is None else [gap]
-            elif gap is not None:
-                gaps.append((gap, name))
+            gap = answer.gap(moment, expected.first_s)
+            row.cut = int(answer.resumed or answer.repeated or answer.id in continued)
+            if row.cut and gap is not None:
+                row.gaps = [gap]
             total.add(row)
+            if victim == "kv-host" and not row.cut and gap is not None:
+                # Nobody is cut, and everybody might have had to wait.
+                row.gaps = [gap]
             self.victims[victim].add(row)
-        for gap, name in sorted(gaps, reverse=True)[:num_continued]:
-            for row in (self.kinds[name], self.victims[victim]):
-                row.gaps.append(gap)
-                row.cut += 1
-        if victim == "kv-host":
-            # Nobody is cut, and everybody might have had to wait.
-            self.victims[victim].gaps += [gap for gap, _ in gaps]
         return complaints
 
     @property

@@ -41,6 +41,9 @@ HEAD = {"node:__internal_head__": 0.001}
 GATEWAY_SURGE_PERCENT = 100
 """New gateways take requests before old ones take no more; they reserve nothing, so there is always room for them."""
 
+KEEPER_SURGE_PERCENT = 100
+"""A new keeper of KV hosts or of streams has taken over what there is before the old one goes, and that with it."""
+
 
 def build(args: AppConfig) -> Application:
     """The application for `args`. Serve calls this with the file's `args`, validated: an error names the field."""
@@ -61,7 +64,11 @@ def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: Rank
     hub = _deployment(MetricsHub, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.model_name)
     hosts = None
     if config.kv_host.enabled:
-        hosts = _deployment(KVHosts, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.kv_host, hub)
+        hosts = (
+            _deployment(KVHosts, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S)
+            .options(max_surge_percent=KEEPER_SURGE_PERCENT)
+            .bind(config.kv_host, hub)
+        )
     replicas = (
         _deployment(LLMReplica, replicas=config.replicas, cpus=0, drain_s=config.drain_timeout_s)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
@@ -72,7 +79,7 @@ def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: Rank
     # the cluster ends anyway.
     streams = (
         _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S)
-        .options(ray_actor_options={"num_cpus": 0, "resources": HEAD})
+        .options(ray_actor_options={"num_cpus": 0, "resources": HEAD}, max_surge_percent=KEEPER_SURGE_PERCENT)
         .bind(config.gateway.streams, hub)
     )
     gateway = _deployment(

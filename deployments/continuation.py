@@ -21,7 +21,7 @@ from engine.sequence import Emission, FinishReason, Request
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 0.1
-_REASONS = {Loss.FAILED: "lost", Loss.GONE: "lost", Loss.MOVED: "moved", Loss.PAUSED: "paused"}
+_REASONS = {Loss.FAILED: "lost", Loss.GONE: "lost", Loss.SILENT: "lost", Loss.MOVED: "moved", Loss.PAUSED: "paused"}
 
 
 class Progress:
@@ -74,6 +74,10 @@ class _Patience:
         """A replica goes on with it."""
         self._since = None
 
+    def left(self) -> float:
+        """Seconds that it may still be without one."""
+        return self._timeout_s - (0.0 if self._since is None else self._clock() - self._since)
+
     def interrupted(self) -> None:
         """No replica does now. Raises GenerationFailed if that has been so for too long."""
         now = self._clock()
@@ -121,7 +125,7 @@ class ContinuingBackend:
         patience = _Patience(self._timeout_s, self._clock)
         was_taken = progress.begun
         while True:
-            trial = Trial(self._court, suspicion)
+            trial = Trial(self._court, suspicion, patience.left)
             brought = False
             try:
                 async with trial:
@@ -134,7 +138,7 @@ class ContinuingBackend:
                             progress.note(emission)
                             if not brought:
                                 brought = True
-                                trial.end()
+                                trial.brought()
                                 suspicion.acquit()
                                 patience.rewarded()
                             yield emission
@@ -146,12 +150,10 @@ class ContinuingBackend:
                     return
                 was_taken = True
                 self._count(_REASONS[lost.loss])
-                if not brought:
-                    suspicion.lost(lost.loss, alone=trial.alone)
+                suspicion.lost(lost.loss, alone=trial.alone, brought=brought)
                 if suspicion.is_convicted:
-                    failures = f"{suspicion.num_failures} replicas in a row failed"
-                    logger.error("Request %s fails: %s with it", request.request_id, failures)
-                    raise GenerationFailed(f"{failures} with this request") from lost
+                    logger.error("Request %s fails: %s with it", request.request_id, suspicion.verdict)
+                    raise GenerationFailed(f"{suspicion.verdict} with this request") from lost
                 patience.interrupted()
                 logger.info("Request %s goes on elsewhere: %s", request.request_id, lost)
                 if lost.loss is Loss.GONE and not brought:

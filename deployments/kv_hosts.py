@@ -1,8 +1,9 @@
 """Keeps a KV host on every node while the application lives, as Serve runs it, and reports what the hosts do.
 
 Owns the lease of the hosts. They survive a crash of this process, which Serve replaces: the next one takes them over.
-They end with the application: Serve lets this one say goodbye, and if it cannot, the lease runs out. Ray's control
-plane may hang meanwhile, and so may any host: neither may cost the others their lease.
+They end with the application: Serve lets this one say goodbye, and if it cannot, the lease runs out. In an update its
+successor has them before that, and the goodbye is of no account. Ray's control plane may hang meanwhile, and so may any
+host: neither may cost the others their lease.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 PERIOD_S = 1.0
 LOOK_EVERY_S = 5.0
 """Between two looks for nodes without a host: one whose host cannot start is not to be kept busy with that."""
+TAKE_OVER_S = 5.0
+"""For all hosts to hear of a new keeper before it calls itself started."""
 ANSWER_TIMEOUT_S = 10.0
 """For a host to answer; one that starts again after a crash reads its disk first."""
 MOST_MISSED = 3
@@ -123,7 +126,8 @@ class KVHosts:
 
     # Serve awaits the constructor of a deployment, which Python's typing does not know of.
     async def __init__(self, config: KVTierConfig, hub: DeploymentHandle) -> None:  # type: ignore[misc]
-        """Returns once every node has been given its host, which may not listen yet."""
+        """Returns once every node has been given its host, which may not listen yet, and those that do have been told
+        that this is their keeper now: none before it may end them any more."""
         configure_logging("kv hosts")
         self._config = config
         self._application = serve.get_replica_context().app_name
@@ -141,6 +145,7 @@ class KVHosts:
             await push.remote(source, delta)
 
         self._hosts = await asyncio.to_thread(self._start)
+        await self._take_over()
         work = (self._keep(), self._look(), MetricsPusher(recorder, send).run())
         self._tasks = [asyncio.get_running_loop().create_task(each) for each in work]
 
@@ -160,17 +165,25 @@ class KVHosts:
             for node in known.keys() - hosts.keys():
                 self._meter.forget(node[:_NODE_LABEL])
 
-    async def _keep(self) -> None:
-        """Renews every host, each by itself."""
+    async def _take_over(self) -> None:
         try:
             self._keeper = await next_keeper(list(self._hosts.values()))
         except Exception:
             logger.exception("The KV hosts do not say which keeper they have")
+        self._renew_all()
+        if self._renewals:
+            await asyncio.wait(self._renewals.values(), timeout=TAKE_OVER_S)
+
+    async def _keep(self) -> None:
+        """Renews every host, each by itself."""
         while True:
-            for node, host in self._hosts.items():
-                if node not in self._renewals:
-                    self._renewals[node] = asyncio.create_task(self._renew(node, host))
             await asyncio.sleep(PERIOD_S)
+            self._renew_all()
+
+    def _renew_all(self) -> None:
+        for node, host in self._hosts.items():
+            if node not in self._renewals:
+                self._renewals[node] = asyncio.create_task(self._renew(node, host))
 
     async def _renew(self, node: str, host: Any) -> None:
         try:

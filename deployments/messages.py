@@ -54,6 +54,7 @@ class Submit:
 
     request: Request
     gateway_id: str
+    """By which the replica knows who asks for its tokens: a gateway has several, one after the other."""
     cost: int
     """Tokens to prefill plus tokens that may be generated: what the router balances."""
     outstanding: Mapping[str, int] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from deployments.backend import GenerationFailed, Loss, ModelGone, NotReady, Rep
 from deployments.cards import Cards
 from deployments.messages import Abort, Accepted, Attach, Describe, Described, Frame, ModelCard, Submit, Unavailable
 from deployments.router import Ledger, ReplicaGone
+from deployments.silence import heard, meaning
 from deployments.token_streams import Link, TokenStream
 from engine.errors import InvalidRequest
 from engine.sequence import Emission, Request
@@ -39,11 +40,10 @@ ATTEMPT_TIMEOUT_S = 5.0
 CARD_TIMEOUT_S = 2.0
 ASK_AGAIN_S = 1.0
 """Before a replica that did not say what it serves is asked again."""
+MOST_DEATHS = 2
+"""Replicas that may die with a request on its way to them before that is held against it. One that is killed dies with
+all that are on their way, and routers may not know of that at once."""
 ABORT_TIMEOUT_S = 20.0
-TICK_S = 0.5
-SILENT_TICKS = 8
-"""A link without a frame for so many ticks of this gateway's own loop is broken: a living replica sends one every
-second. Ticks and not seconds, because a gateway that was busy for a while has not listened either."""
 FAREWELL = "%d requests leave their replica: %s"
 LOOK_S = 0.25
 """How often it is asked who can go on with the streams of a replica that is to go."""
@@ -63,6 +63,8 @@ class RayBackend:
     def __init__(self, gateway_id: str, replicas: DeploymentHandle, metrics: Callable[[], Awaitable[bytes]]) -> None:
         """`gateway_id`: a name that no other gateway process ever has. `metrics`: renders the exposition."""
         self._gateway_id = gateway_id
+        self._era = 0
+        """Links of ours that have broken so far; see `_break`."""
         self._metrics = metrics
         self._submit_call = replicas.options(method_name="submit")
         self._abort_call = replicas.options(method_name="abort")
@@ -74,7 +76,10 @@ class RayBackend:
         """Replicas that are being asked for their cards."""
         self._tickets = itertools.count()
         self._streams: dict[str, TokenStream] = {}
-        self._links: dict[str, Link] = {}
+        self._links: dict[tuple[str, str], Link] = {}
+        """By replica, and by the name that it knows this gateway by."""
+        self._broken: dict[tuple[str, str], None] = {}
+        """Latest links that broke, oldest first."""
         self._aborted: dict[str, None] = {}
         """Wire ids of the latest aborts, oldest first: tokens of theirs may still be on the way."""
         self._ended: str | None = None
@@ -121,29 +126,37 @@ class RayBackend:
     async def _submit(self, request: Request) -> TokenStream:
         """The stream of the replica that took the request; looks for another one when a replica is gone."""
         cost = await self._cost(request)
+        died: set[str] = set()
         try:
             async with asyncio.timeout(SUBMIT_TIMEOUT_S):
                 while self._ended is None:
                     self._look_around()
                     if self._cards.is_gone(request.model, self._ledger.listed or ()):
                         raise ModelGone("the model that the request was made for has been replaced by another one")
-                    stream = await self._attempt(request, cost)
+                    stream = await self._attempt(request, cost, died)
                     if stream is not None:
                         return stream
+                    if len(died) >= MOST_DEATHS:
+                        raise ReplicaLost(f"{len(died)} replicas died before they took the request")
                     # Serve replaces a replica within seconds: better to wait for it than to send the client away.
                     await asyncio.sleep(RETRY_AFTER_S)
         except (TimeoutError, BackPressureError, DeploymentUnavailableError) as error:
             raise NotReady("no replica took the request") from error
         raise GenerationFailed(self._ended)
 
-    async def _attempt(self, request: Request, cost: int) -> TokenStream | None:
-        """Sends the request to one replica; None if that one cannot take it, or is gone. Raises InvalidRequest."""
+    async def _attempt(self, request: Request, cost: int, died: set[str]) -> TokenStream | None:
+        """Sends the request to one replica; None if that one cannot take it, or is gone. Raises InvalidRequest.
+
+        A replica that dies meanwhile is added to `died`.
+        """
         stream = self._open(request)
         try:
             answer = await self._call(self._submit_to_any(stream, request, cost), ATTEMPT_TIMEOUT_S)
         except BaseException as error:
-            if isinstance(error, TimeoutError):
-                self._ledger.avoid_place_of(stream.wire_id)
+            if isinstance(error, RayActorError | TimeoutError):
+                place = self._ledger.avoid_place_of(stream.wire_id)
+                if isinstance(error, RayActorError) and place is not None:
+                    died.add(place)
             self._close(stream)
             if isinstance(error, RayActorError | TimeoutError):
                 return None
@@ -170,7 +183,7 @@ class RayBackend:
 
     async def _submit_to_any(self, stream: TokenStream, request: Request, cost: int) -> Answer:
         sent = replace(request, request_id=stream.wire_id)
-        call = Submit(sent, self._gateway_id, cost, self._ledger, self._cards.unfit(request))
+        call = Submit(sent, stream.caller, cost, self._ledger, self._cards.unfit(request))
         answer: Answer = await self._submit_call.remote(call)
         if isinstance(answer, Accepted):
             self._accepted(stream, answer.replica_id)
@@ -180,15 +193,21 @@ class RayBackend:
         stream.replica_id = replica_id
         if stream.closed:
             # The client left while the request was on its way.
-            self._abort(stream.wire_id, replica_id)
+            self._abort(replica_id, stream.wire_id)
             return
         self._ledger.assign(stream.wire_id, replica_id)
-        if not (stream.finished or stream.broken):
-            self._link(replica_id).add(stream)
+        if stream.finished or stream.broken:
+            return
+        if (replica_id, stream.caller) in self._broken:
+            # It was running before that was known here, and what it brought may have been lost.
+            self._give_up(stream, f"the link to replica {replica_id} broke", Loss.GONE)
+            self._abort(replica_id, stream.wire_id)
+            return
+        self._link(replica_id, stream.caller).add(stream)
 
     def _open(self, request: Request) -> TokenStream:
         wire_id = f"{request.request_id}@{self._gateway_id}.{next(self._tickets)}"
-        stream = self._streams[wire_id] = TokenStream(wire_id, request)
+        stream = self._streams[wire_id] = TokenStream(wire_id, request, f"{self._gateway_id}/{self._era}")
         # A router may place the request after it was given up, be it by a client that left or for lack of an answer.
         self._ledger.expect(wire_id)
         return stream
@@ -198,7 +217,7 @@ class RayBackend:
         stream.closed = True
         self._let_go(stream)
         if stream.replica_id is not None and not stream.complete and not stream.broken:
-            self._abort(stream.wire_id, stream.replica_id)
+            self._abort(stream.replica_id, stream.wire_id)
 
     def _give_up(self, stream: TokenStream, reason: str, loss: Loss) -> None:
         """Ends a stream after what has arrived; what its replica still sends for it belongs to nobody."""
@@ -208,15 +227,15 @@ class RayBackend:
     def _let_go(self, stream: TokenStream) -> None:
         self._streams.pop(stream.wire_id, None)
         self._ledger.release(stream.wire_id)
-        link = self._links.get(stream.replica_id or "")
+        link = self._links.get((stream.replica_id or "", stream.caller))
         if link is not None:
             link.remove(stream)
 
-    def _abort(self, wire_id: str, replica_id: str) -> None:
-        self._aborted[wire_id] = None
+    def _abort(self, replica_id: str, *wire_ids: str) -> None:
+        self._aborted |= dict.fromkeys(wire_ids)
         while len(self._aborted) > MAX_REMEMBERED:
             del self._aborted[next(iter(self._aborted))]
-        call = Abort(self._gateway_id, replica_id, (wire_id,))
+        call = Abort(self._gateway_id, replica_id, wire_ids)
 
         async def send() -> None:
             try:
@@ -228,12 +247,23 @@ class RayBackend:
 
         self._spawn(send())
 
-    def _link(self, replica_id: str) -> Link:
-        link = self._links.get(replica_id)
+    def _link(self, replica_id: str, caller: str) -> Link:
+        link = self._links.get((replica_id, caller))
         if link is None:
-            link = self._links[replica_id] = Link(replica_id)
+            link = self._links[replica_id, caller] = Link(replica_id, caller)
             self._spawn(self._read(link))
         return link
+
+    def _break(self, link: Link) -> None:
+        """Nothing is read from this link any more, and frames of it may be lost.
+
+        The replica may live nevertheless, and not know yet: what it makes for the name that it knows this gateway by
+        may go the same way, so requests are sent under another one from now on.
+        """
+        self._era += 1
+        self._broken[link.replica_id, link.caller] = None
+        while len(self._broken) > MAX_REMEMBERED:
+            del self._broken[next(iter(self._broken))]
 
     async def _read(self, link: Link) -> None:
         """Follows one replica's frames while requests of ours run there."""
@@ -242,22 +272,21 @@ class RayBackend:
             while link.streams:
                 await self._read_stream(link)
         except _Leaving:
-            pass
-        except ReplicaGone:
-            failure = f"replica {link.replica_id} is gone"
-        except RayActorError:
-            failure, loss = f"replica {link.replica_id} died", Loss.FAILED
-        except TimeoutError:
-            failure = f"replica {link.replica_id} sent nothing for {SILENT_TICKS * TICK_S:.0f} s"
+            self._break(link)
         except Exception as error:
-            failure = f"the stream of replica {link.replica_id} broke: {error}"
+            self._break(link)
+            failure, loss = meaning(error, link.replica_id)
         finally:
-            del self._links[link.replica_id]
+            del self._links[link.replica_id, link.caller]
             if link.streams:
                 logger.warning(FAREWELL, len(link.streams), failure)
                 self._shun(link.replica_id)
+                if loss is not Loss.FAILED:
+                    # It may be there after all, and need not work for nobody.
+                    self._abort(link.replica_id, *link.streams)
             for stream in tuple(link.streams.values()):
-                stream.fail(ReplicaLost(failure, loss))
+                self._give_up(stream, failure, loss)
+                link.remove(stream)
 
     async def _read_stream(self, link: Link) -> None:
         """Reads until the replica ends the stream, which it does when it has had no request of ours for a while.
@@ -265,14 +294,14 @@ class RayBackend:
         Raises _Leaving once the replica is to go and all its streams go on elsewhere. There is always a next frame to
         look at this after: a replica with requests sends one every second.
         """
-        frames = self._frames_call.remote(Attach(self._gateway_id, link.replica_id))
+        frames = self._frames_call.remote(Attach(link.caller, link.replica_id))
         look_at = 0.0
         try:
             while True:
-                frame = await _heard(anext(frames, None))
+                frame = await heard(anext(frames, None))
                 if frame is None:
                     return
-                self._demultiplex(frame)
+                self._demultiplex(frame, link)
                 if self._ledger.is_leaving(link.replica_id):
                     if time.monotonic() >= look_at:
                         look_at = time.monotonic() + LOOK_S
@@ -304,15 +333,14 @@ class RayBackend:
         # Serve's router may list it for a while, and without debts it would come first.
         self._ledger.avoid(replica_id)
 
-    def _demultiplex(self, frame: Frame) -> None:
-        link = self._links.get(frame.replica_id)
+    def _demultiplex(self, frame: Frame, link: Link) -> None:
         for emission in frame.emissions:
             stream = self._streams.get(emission.request_id)
             if stream is None:
                 self._disown(emission, frame.replica_id)
                 continue
             self._ledger.spend(stream.wire_id, stream.put(emission))
-            if stream.complete and link is not None:
+            if stream.complete:
                 link.remove(stream)
             elif stream.is_behind and not stream.complete:
                 self._pause(stream, frame.replica_id)
@@ -322,12 +350,12 @@ class RayBackend:
         """Stops a request whose client does not read. Should it read on, another attempt goes on from there."""
         logger.info("Request %s waits for its client", stream.wire_id)
         self._give_up(stream, "its client does not read", Loss.PAUSED)
-        self._abort(stream.wire_id, replica_id)
+        self._abort(replica_id, stream.wire_id)
 
     def _disown(self, emission: Emission, replica_id: str) -> None:
         """Stops a request that nobody waits for: an attempt that was given up although its replica had taken it."""
         if emission.finish_reason is None and emission.request_id not in self._aborted:
-            self._abort(emission.request_id, replica_id)
+            self._abort(replica_id, emission.request_id)
 
     def _look_around(self) -> None:
         """Keeps up with Serve's list of replicas: forgets the cards of those that have left, and asks those that are
@@ -380,16 +408,3 @@ class RayBackend:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
-
-
-async def _heard(coming: Awaitable[T]) -> T:
-    """What is awaited. Raises TimeoutError after SILENT_TICKS of this loop without it."""
-    task = asyncio.ensure_future(coming)
-    try:
-        for _ in range(SILENT_TICKS):
-            done, _ = await asyncio.wait({task}, timeout=TICK_S)
-            if done:
-                return task.result()
-        raise TimeoutError
-    finally:
-        task.cancel()

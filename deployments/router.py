@@ -162,12 +162,14 @@ class Ledger(Mapping[str, int]):
             self._avoided = {replica: until for replica, until in self._avoided.items() if until > now}
             self._avoided[replica_id] = now + AVOID_S
 
-    def avoid_place_of(self, request_id: str) -> None:
-        """The same for the replica that a request was placed on, if it was."""
+    def avoid_place_of(self, request_id: str) -> str | None:
+        """The same for the replica that a request was placed on, if it was; that replica."""
         with self._lock:
             debt = self._debts.get(request_id)
-        if debt is not None:
-            self.avoid(debt.replica_id)
+        if debt is None:
+            return None
+        self.avoid(debt.replica_id)
+        return debt.replica_id
 
     def forget(self, replica_id: str) -> None:
         """Drops what a replica that is gone has reported; its requests are released one by one."""

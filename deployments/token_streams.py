@@ -17,9 +17,11 @@ read, and what waits for it takes memory: up to some kilobytes each, if there ar
 class TokenStream:
     """The emissions of one attempt at a request, between the link that brings them and the client's generator."""
 
-    def __init__(self, wire_id: str, request: Request) -> None:
+    def __init__(self, wire_id: str, request: Request, caller: str) -> None:
+        """`caller`: the name under which the request is sent, and its tokens are asked for."""
         self.wire_id = wire_id
         self.request = request
+        self.caller = caller
         self.replica_id: str | None = None
         self.closed = False
         """Nobody reads this stream any more."""
@@ -50,7 +52,12 @@ class TokenStream:
         return len(self._waiting) > self._max_waiting
 
     def put(self, emission: Emission) -> int:
-        """Adds what arrived; returns how many tokens of work it shows to be done, the prompt's with the first."""
+        """Adds what arrived; returns how many tokens of work it shows to be done, the prompt's with the first.
+
+        Nothing once it has failed: what came before this may be lost, and an answer must have no hole.
+        """
+        if self.broken:
+            return 0
         self._waiting.append(emission)
         self._wake.set()
         if emission.finish_reason is not None:
@@ -81,8 +88,10 @@ class TokenStream:
 class Link:
     """The frame stream from one replica, and the token streams that live on it."""
 
-    def __init__(self, replica_id: str) -> None:
+    def __init__(self, replica_id: str, caller: str) -> None:
         self.replica_id = replica_id
+        self.caller = caller
+        """The name that the replica knows the gateway by."""
         self.streams: dict[str, TokenStream] = {}
 
     def add(self, stream: TokenStream) -> None:

@@ -112,3 +112,16 @@ class Answer:
     """Not kept: there is no room for them."""
     orphans: tuple[Kept, ...] = ()
     """The caller's from now on: their gateways fell silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stream as one store hands it to the next."""
+
+    kept: Kept
+    owner: str
+    attended: bool
+    silent_s: float
+    """Since its gateway mentioned it last."""
+    finished_s: float | None
+    """Since the answer was complete, if it is."""

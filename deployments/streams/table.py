@@ -8,7 +8,7 @@ gateway it reached, whoever had it. The loser learns of it with its next report.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deployments.streams.messages import Answer, Growth, Kept, Opened, Report, StreamSpec
+from deployments.streams.messages import Answer, Entry, Growth, Kept, Opened, Report, StreamSpec
 from deployments.streams.token_log import TokenLog
 
 MAX_HANDED_BYTES = 16 * 2**20
@@ -96,6 +96,31 @@ class StreamTable:
         if row.finished is None:
             row.owner, row.attended, row.mentioned = gateway_id, True, now
         return row.kept(stream_id)
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything, for another table."""
+        now = self._clock()
+        return tuple(
+            Entry(
+                row.kept(stream_id),
+                row.owner,
+                row.attended,
+                now - row.mentioned,
+                None if row.finished is None else now - row.finished,
+            )
+            for stream_id, row in self._rows.items()
+        )
+
+    def inherit(self, entries: Iterable[Entry]) -> None:
+        """Goes on with what another table had, as far as there is room; what is reported to this one counts more."""
+        now = self._clock()
+        for entry in entries:
+            finished = None if entry.finished_s is None else now - entry.finished_s
+            log = TokenLog.of(entry.kept.log)
+            row = _Row(entry.kept.spec, log, entry.owner, entry.attended, now - entry.silent_s, finished)
+            if entry.kept.stream_id not in self._rows and not self._is_over(row.num_bytes, 1):
+                self._rows[entry.kept.stream_id] = row
+                self._num_bytes += row.num_bytes
 
     def _is_held_against(self, stream_id: str, caller: str, attended: bool) -> bool:
         """Whether another gateway has the stream and keeps it: where a client reads counts more than who was late."""

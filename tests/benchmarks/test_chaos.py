@@ -61,6 +61,14 @@ def test_a_gap_is_the_silence_beyond_the_usual_one() -> None:
     assert cut.gap(2.0) is None and answer().gap(0.0) is None
 
 
+def test_a_stream_that_was_cut_before_its_first_event_has_a_gap_too() -> None:
+    cut = replace(answer(), asked=0.0, times=[2.0, 2.1, 2.2], num_events=4)
+    assert cut.gap(0.5, 0.3) == pytest.approx(1.7)
+    assert cut.gap(2.05, 0.3) == pytest.approx(0.0)
+    assert replace(cut, times=[2.0]).gap(0.5, 0.3) == pytest.approx(1.7)
+    assert replace(cut, num_events=0).gap(0.5, 0.3) is None, "what comes in one piece is no stream"
+
+
 def test_percentiles() -> None:
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0, 2.0], 0.99) == 2.0
@@ -177,20 +185,21 @@ def test_events_are_compared_byte_by_byte_but_for_what_is_each_request_s_own() -
 
 
 def test_a_tally_says_who_was_cut_by_whom() -> None:
-    def streamed(silence: float, **how: bool) -> Answer:
-        return replace(answer(), times=[0.0, 0.1, 0.2, 0.2 + silence], **how)
+    def streamed(silence: float, **how: object) -> Answer:
+        return replace(answer(), times=[0.0, 0.1, 0.2, 0.2 + silence], **how)  # type: ignore[arg-type]
 
     tally = Tally(["a", "b"], ["replica", "gateway", "kv-host"])
-    calm = [answer(), answer()]
-    assert tally.add("replica", [streamed(1.1), streamed(2.1)], calm, 0.3, 1) == []
-    assert tally.add("gateway", [streamed(0.1), streamed(3.1, resumed=True)], calm, 0.25, 0) == []
+    calm = [replace(answer(), asked=0.0, times=[0.4], num_events=2), answer()]
+    late = replace(answer(), id="one", asked=0.0, times=[1.5, 1.6], num_events=3)
+    assert tally.add("replica", [late, streamed(2.1, id="two")], calm, 0.3, {"one"}) == []
+    assert tally.add("gateway", [streamed(0.1), streamed(3.1, resumed=True)], calm, 0.25, ()) == []
     wrong = [answer(text="x"), replace(answer(), error="lost", repeated=True)]
-    assert tally.add("gateway", wrong, calm, 0.3, 0) == ["a: choice 0 differs from character 0 of 3 on", "b: lost"]
-    assert not tally.add("kv-host", [streamed(0.1), streamed(0.6)], calm, 0.25, 0)
+    assert tally.add("gateway", wrong, calm, 0.3, ()) == ["a: choice 0 differs from character 0 of 3 on", "b: lost"]
+    assert not tally.add("kv-host", [streamed(0.1), streamed(0.6)], calm, 0.25, ())
     replica, gateway, host = tally.victims.values()
-    assert (replica.answers, replica.cut) == (2, 1) and replica.gaps == pytest.approx([2.0])
+    assert (replica.answers, replica.cut) == (2, 1) and replica.gaps == pytest.approx([1.1]), "the one that went on"
     assert (gateway.cut, gateway.resumed, gateway.repeated, gateway.errors, gateway.mismatches) == (2, 1, 1, 1, 1)
     assert gateway.gaps == pytest.approx([3.0])
     assert host.cut == 0 and sorted(host.gaps) == pytest.approx([0.0, 0.5])
-    assert tally.kinds["b"].cut == 3 and tally.failed
+    assert (tally.kinds["a"].cut, tally.kinds["b"].cut) == (1, 2) and tally.failed
     assert tally.table().splitlines()[-1].split()[:7] == ["all", "8", "3", "1", "1", "1", "1"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.exceptions import ActorUnavailableError
 
 from deployments import replica as replica_module
 from deployments.messages import Attach, Frame, Submit
@@ -60,6 +61,13 @@ class Deployment:
         self.replicas: dict[str, Replica] = {}
         self.faults: dict[str, Exception] = {}
         """What the frames of a replica end with."""
+        self.deadly: list[str] = []
+        """Replicas that a request ends on its way to them."""
+        self.stalled: dict[str, asyncio.Event] = {}
+        """What the frames of a replica get lost before; the replica goes on and knows nothing of it."""
+        self.answers = asyncio.Event()
+        """Whether the answers to submitted requests arrive now."""
+        self.answers.set()
         self.open = asyncio.Event()
         """Whether requests are routed now."""
         self.open.set()
@@ -143,9 +151,12 @@ class _Method:
     async def _call(self, call: Any) -> Any:
         if isinstance(call, Submit):
             chosen = await self._deployment.route(call)
-            call = replace(call, outstanding={})
-        else:
-            chosen = self._deployment.named(call.replica_id)
+            if chosen._replica_id in self._deployment.deadly:
+                raise ActorUnavailableError("killed", None)
+            answer = await chosen.submit(replace(call, outstanding={}))
+            await self._deployment.answers.wait()
+            return answer
+        chosen = self._deployment.named(call.replica_id)
         return await getattr(chosen, self._name)(call)
 
 
@@ -161,6 +172,8 @@ class _Frames:
         if self._frames is None:
             self._frames = self._deployment.named(self._call.replica_id).frames(self._call)
         frame = await anext(self._frames)
+        if (over := self._deployment.stalled.get(self._call.replica_id)) is not None:
+            await over.wait()
         if self._call.replica_id in self._deployment.faults:
             raise self._deployment.faults[self._call.replica_id]
         return frame
@@ -169,8 +182,12 @@ class _Frames:
         self._closing = asyncio.ensure_future(self._close())
 
     async def _close(self) -> None:
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, StopAsyncIteration):
             if self._frames is not None:
+                over = self._deployment.stalled.get(self._call.replica_id)
+                while over is not None and not over.is_set():
+                    # The replica does not know yet that nobody reads.
+                    await anext(self._frames)
                 await self._frames.aclose()
 
 

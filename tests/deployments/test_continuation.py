@@ -81,8 +81,8 @@ def wanted(request: Request) -> list[list[int]]:
 @given(
     n=st.integers(1, 4),
     max_tokens=st.integers(1, 8),
-    # Not twice in a row without a token: that is another test's matter.
-    cuts=st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=6),
+    # Not twice in a row without a token, nor again and again: that is another test's matter.
+    cuts=st.lists(st.tuples(st.integers(1, 12), st.booleans()), max_size=trials.REPEATED),
 )
 def test_whatever_is_lost_every_sample_brings_its_tokens_once(
     n: int, max_tokens: int, cuts: list[tuple[int, bool]]
@@ -150,18 +150,35 @@ def test_a_token_between_failures_or_a_planned_move_clears_the_record() -> None:
     moved = FinishReason.MOVED
     request = make_request(max_tokens=9)
     for last in ((1, lost()), (0, moved)):
-        replicas = Replicas([*[(0, lost())] * 3, last] * 3)
+        replicas = Replicas([*[(0, lost())] * 3, last, (0, lost())])
         assert asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=1), request)) == wanted(request)
 
 
-def test_replicas_that_are_gone_or_silent_are_no_evidence_against_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_that_are_gone_are_no_evidence_against_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuation, "RETRY_AFTER_S", 0.0)
     request = make_request()
     replicas = Replicas([(0, ReplicaLost("it was scaled away", Loss.GONE))] * 20)
     assert asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=1), request)) == wanted(request)
 
 
-def test_nor_may_they_go_on_for_ever() -> None:
+def test_a_request_that_silences_every_replica_fails_after_eight_of_them() -> None:
+    replicas = Replicas([(0, ReplicaLost("it was stopped", Loss.SILENT))] * 20)
+    with pytest.raises(GenerationFailed, match="4 replicas in a row failed with this request"):
+        asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=60), make_request()))
+    assert len(replicas.attempts) == 8
+
+
+@pytest.mark.parametrize(
+    ("loss", "most"), [(Loss.FAILED, trials.MOST_FAILURES), (Loss.SILENT, 2 * trials.MOST_FAILURES)]
+)
+def test_a_token_before_each_failure_does_not_let_a_request_end_replicas_for_ever(loss: Loss, most: int) -> None:
+    replicas = Replicas([(1, ReplicaLost("it died", loss))] * 99)
+    with pytest.raises(GenerationFailed, match=r"\d replicas failed with this request"):
+        asyncio.run(tokens_of(ContinuingBackend(replicas, timeout_s=60), make_request(max_tokens=500)))
+    assert len(replicas.attempts) <= most
+
+
+def test_who_is_gone_may_not_be_so_for_ever() -> None:
     now = iter(range(0, 1000, 7))
     replicas = Replicas([(0, ReplicaLost("silent", Loss.GONE))] * 99)
     backend = ContinuingBackend(replicas, timeout_s=20, clock=lambda: float(next(now)))
@@ -175,7 +192,7 @@ def test_every_interruption_is_counted_by_its_reason() -> None:
     losses = [(1, ReplicaLost("", loss)) for loss in Loss]
     backend = ContinuingBackend(Replicas([*losses, (1, FinishReason.MOVED)]), timeout_s=1, count=counted.append)
     asyncio.run(tokens_of(backend, make_request(max_tokens=9)))
-    assert counted == ["lost", "lost", "moved", "paused", "moved"]
+    assert counted == ["lost", "lost", "lost", "moved", "paused", "moved"]
 
 
 class Shared(Replicas):
@@ -210,12 +227,12 @@ class Shared(Replicas):
             yield emission
 
 
-def run_together(replicas: Replicas, names: Iterable[str]) -> dict[str, object]:
+def run_together(replicas: Replicas, names: Iterable[str], max_tokens: int = 6) -> dict[str, object]:
     """What becomes of these requests."""
 
     async def scenario() -> dict[str, object]:
         backend = ContinuingBackend(replicas, timeout_s=60)
-        requests = [Request(name, (1, 2, 3), SamplingParams(max_tokens=6)) for name in names]
+        requests = [Request(name, (1, 2, 3), SamplingParams(max_tokens=max_tokens)) for name in names]
         answers = await asyncio.gather(*(tokens_of(backend, each) for each in requests), return_exceptions=True)
         return dict(zip(names, answers, strict=True))
 
@@ -230,6 +247,77 @@ def test_suspects_are_tried_one_at_a_time_and_only_the_culprit_fails() -> None:
     assert all(answers[name] == wanted(make_request()) for name in innocent)
     assert isinstance(answers["poison"], GenerationFailed)
     assert replicas.failures == [set(names)] * trials.SUSPECTED_AFTER + [{"poison"}] * trials.PROOFS
+
+
+class Fragile(Replicas):
+    """One replica at a time. A request that is poison ends it, with all that run there, soon after its first token."""
+
+    def __init__(self, poison: str, ends_after_s: float) -> None:
+        super().__init__()
+        self.num_failures = 0
+        self._poison = poison
+        self._ends_after_s = ends_after_s
+
+    def _fail(self) -> None:
+        self.num_failures += 1
+
+    async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+        began = self.num_failures
+        timer: asyncio.TimerHandle | None = None
+        async for emission in super().generate(request):
+            if self.num_failures != began:
+                raise lost()
+            yield emission
+            if timer is None and request.request_id == self._poison:
+                timer = asyncio.get_running_loop().call_later(self._ends_after_s, self._fail)
+            await asyncio.sleep(0.01)
+
+
+def test_a_culprit_that_brings_a_token_every_time_fails_and_its_neighbours_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trials, "PROBATION_S", 0.2)
+    replicas = Fragile("poison", ends_after_s=0.05)
+    names = ["a", "b", "c", "poison"]
+    answers = run_together(replicas, names, max_tokens=100)
+    assert all(answers[name] == wanted(make_request(max_tokens=100)) for name in names[:-1])
+    assert isinstance(answers["poison"], GenerationFailed)
+    assert replicas.num_failures == trials.REPEATED + trials.PROOFS
+
+
+def test_a_culprit_that_fails_its_replica_long_after_its_first_token_does_so_eight_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trials, "PROBATION_S", 0.02)
+    replicas = Fragile("poison", ends_after_s=0.1)
+    assert isinstance(run_together(replicas, ["poison"], max_tokens=500)["poison"], GenerationFailed)
+    assert replicas.num_failures == trials.MOST_FAILURES
+
+
+def test_a_suspect_waits_for_its_trial_no_longer_than_for_a_replica() -> None:
+    """Another one is tried for as long as it takes: its first token does not come."""
+
+    losses: Counter[str] = Counter()
+
+    class Endless(Replicas):
+        async def generate(self, request: Request) -> AsyncGenerator[Emission, None]:
+            losses[request.request_id] += 1
+            if losses[request.request_id] <= trials.SUSPECTED_AFTER:
+                raise lost()
+            await asyncio.Event().wait()
+            yield Emission("", 0)
+
+    async def scenario() -> None:
+        backend = ContinuingBackend(Endless(), timeout_s=0.2)
+        requests = [replace(make_request(), request_id=name) for name in ("a", "b")]
+        both = [asyncio.ensure_future(tokens_of(backend, request)) for request in requests]
+        done, tried = await asyncio.wait(both, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        assert len(done) == len(tried) == 1, "it waits although its time is over"
+        with pytest.raises(GenerationFailed, match="no replica went on with the request"):
+            done.pop().result()
+        tried.pop().cancel()
+
+    asyncio.run(scenario())
 
 
 def test_a_long_prompt_holds_no_other_suspect_up_and_is_not_taken_for_the_culprit(

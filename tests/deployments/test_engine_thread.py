@@ -221,3 +221,29 @@ def test_an_iteration_over_a_long_prompt_has_the_time_it_needs(
         assert harness.thread.stuck_for() is None
         time.sleep(0.01)
     harness.wait_for_finish("long")
+
+
+class Loaded(FakeEngine):
+    """An iteration takes as long as it has requests."""
+
+    def step(self) -> list[Emission]:
+        self.step_tokens = len(self._requests)
+        time.sleep(0.0005 * len(self._requests))
+        return super().step()
+
+
+def test_a_burst_of_a_thousand_requests_is_no_illness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterations take a thousand times as long as those before, and longer than anything is called stuck for."""
+    monkeypatch.setattr(liveness, "LEAST_S", 0.3)
+    harness = Harness(Loaded(step_s=0.0))
+    harness.thread.add(request("alone", max_tokens=100)).result(WAIT_S)
+    harness.wait_for_finish("alone")
+    added = [harness.thread.add(request(f"r{number}", max_tokens=3)) for number in range(1000)]
+    deadline = time.monotonic() + 6 * WAIT_S
+    while harness.engine.stats().steps_total < 100 + 3 or harness.engine.has_work():
+        assert harness.thread.stuck_for() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert all(each.done() for each in added)
+    harness.wait_until(lambda: len(harness.emissions) == 100 + 3000)
+    harness.thread.close()

@@ -115,6 +115,7 @@ async def keeping(monkeypatch: pytest.MonkeyPatch, start: Callable[..., dict[str
 
     monkeypatch.setattr(kv_hosts, "PERIOD_S", 0.01)
     monkeypatch.setattr(kv_hosts, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(kv_hosts, "TAKE_OVER_S", 0.2)
     monkeypatch.setattr(kv_hosts, "configure_logging", lambda name: None)
     monkeypatch.setattr(kv_hosts, "start_hosts", start)
     monkeypatch.setattr(kv_hosts.serve, "get_replica_context", lambda: SimpleNamespace(app_name="served"))
@@ -214,3 +215,14 @@ def test_it_is_numbered_after_the_keepers_before_it_whatever_the_clock_says(monk
 
     asyncio.run(scenario())
     assert {keeper for host in hosts.values() for keeper in host.keepers} == {10**20 + 1}
+
+
+def test_it_has_its_hosts_before_it_calls_itself_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve ends the keeper before it as soon as that is so, and that one would end the hosts."""
+    hosts = {"a": Host(keeper=10**20), "b": Host(silent=True)}
+
+    async def scenario() -> None:
+        async with keeping(monkeypatch, lambda *arguments: hosts):
+            assert hosts["a"].keepers == [10**20 + 1]
+
+    asyncio.run(scenario())

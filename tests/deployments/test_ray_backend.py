@@ -1,7 +1,7 @@
 """A gateway's backend over real replicas in this process: who goes on with what when replicas come and go."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from deployments import token_streams
-from deployments.backend import Loss, ModelGone, ReplicaLost
+from deployments import silence, token_streams
+from deployments.backend import GenerationFailed, Loss, ModelGone, ReplicaLost
 from deployments.continuation import ContinuingBackend
 from deployments.messages import Submit
 from deployments.replica import identity_of
 from deployments.router import ReplicaGone
+from deployments.token_streams import TokenStream
 from engine.config import EngineConfig
+from engine.sampling_params import SamplingParams
 from engine.sequence import Emission, FinishReason, Request
 from tests.deployments.in_process import Setting, expected, run, tokens, until
 
@@ -211,6 +213,136 @@ def test_a_replica_that_died_may_have_died_of_a_request_and_one_that_left_did_no
             async for _ in stream:
                 pass
         assert lost.value.loss is loss
+
+    play(scenario)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links are broken after a quarter of a second without a frame."""
+    monkeypatch.setattr(silence, "TICK_S", 0.03)
+
+
+async def broken(setting: Setting, name: str) -> None:
+    """Returns once the gateway has given up its link to a replica, whose frames are lost from now on."""
+    setting.deployment.stalled[name] = asyncio.Event()
+    before = setting.backend._era
+    await until(lambda: setting.backend._era > before)
+
+
+async def rest_of(emissions: list[Emission], stream: AsyncGenerator[Emission, None]) -> list[int]:
+    emissions += [emission async for emission in stream]
+    return tokens(emissions)
+
+
+def test_a_stream_whose_link_broke_has_no_hole_when_its_replica_comes_back(play: Run, impatient: None) -> None:
+    """Its reader was slow: it asks for more only when later tokens have had time to arrive."""
+
+    async def scenario(setting: Setting) -> None:
+        replica = await setting.deployment.start("a")
+        request = await setting.request(max_tokens=600)
+        async with aclosing(ContinuingBackend(setting.backend, timeout_s=20).generate(request)) as stream:
+            emissions = [await anext(stream)]
+            await broken(setting, "a")
+            assert replica.engine.stats().generation_tokens_total < 600, "it has more to bring"
+            setting.deployment.stalled.pop("a").set()
+            other = Reading(setting, await setting.request(max_tokens=600))
+            await other.begun()
+            assert await rest_of(emissions, stream) == expected(request)
+        assert await other.is_exact()
+
+    play(scenario)
+
+
+def test_the_replica_stops_what_was_given_up_with_its_link(play: Run, impatient: None) -> None:
+    async def scenario(setting: Setting) -> None:
+        replica = await setting.deployment.start("a")
+        async with aclosing(setting.backend.generate(await setting.request(max_tokens=900))) as stream:
+            await anext(stream)
+            await broken(setting, "a")
+            await until(lambda: not replica.engine.has_work())
+            assert replica.engine.stats().generation_tokens_total < 900
+
+    play(scenario)
+
+
+def test_a_request_whose_acceptance_arrives_after_its_first_tokens_were_lost_has_no_hole(
+    play: Run, impatient: None
+) -> None:
+    async def scenario(setting: Setting) -> None:
+        replica = await setting.deployment.start("a")
+        first = Reading(setting, await setting.request(max_tokens=600))
+        await first.begun()
+        setting.deployment.answers.clear()
+        late = Reading(setting, await setting.request(max_tokens=600))
+        setting.deployment.stalled["a"] = asyncio.Event()
+        await until(lambda: len(replica.engine.taken) == 2)
+        await broken(setting, "a")
+        setting.deployment.stalled.pop("a").set()
+        setting.deployment.answers.set()
+        assert await late.is_exact() and await first.is_exact()
+
+    play(scenario)
+
+
+def test_a_request_of_which_tokens_went_to_the_reader_that_has_given_up_has_no_hole(play: Run, impatient: None) -> None:
+    """It came when the link was broken already, to a replica that had not heard of that."""
+
+    async def scenario(setting: Setting) -> None:
+        replica = await setting.deployment.start("a")
+        async with aclosing(setting.backend.generate(await setting.request(max_tokens=900))) as first:
+            await anext(first)
+            await broken(setting, "a")
+            setting.deployment.answers.clear()
+            late = Reading(setting, await setting.request(max_tokens=300))
+            await until(lambda: len(replica.engine.taken) == 2)
+            await asyncio.sleep(0.05)
+            setting.deployment.stalled.pop("a").set()
+            setting.deployment.answers.set()
+            assert await late.is_exact()
+
+    play(scenario)
+
+
+def test_nothing_is_added_to_a_stream_that_has_failed() -> None:
+    async def scenario() -> None:
+        stream = TokenStream("r@g", Request("r", (1, 2, 3), SamplingParams(max_tokens=9)), "g")
+        assert stream.put(Emission("r@g", 0, (1,))) == 4
+        stream.fail(ReplicaLost("silent", Loss.GONE))
+        assert stream.put(Emission("r@g", 0, (3,), finish_reason=FinishReason.LENGTH)) == 0
+        assert tokens(await stream.take()) == [1]
+        with pytest.raises(ReplicaLost, match="silent"):
+            await stream.take()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_ends_replicas_before_they_take_it_fails_after_eight_of_them(play: Run) -> None:
+    async def scenario(setting: Setting) -> None:
+        names = [f"r{number}" for number in range(10)]
+        for name in names:
+            await setting.deployment.start(name)
+        request = await setting.request(max_tokens=5)
+        setting.deployment.deadly = names
+        with pytest.raises(GenerationFailed, match="4 replicas in a row failed with this request"):
+            await Reading(setting, request).done
+        avoided = setting.backend._ledger._avoided
+        assert len(avoided) == 8, "who died comes last from then on"
+        setting.deployment.deadly = []
+        assert await Reading(setting, request).is_exact()
+
+    play(scenario)
+
+
+def test_a_replica_that_dies_with_a_request_on_its_way_is_no_evidence(play: Run) -> None:
+    async def scenario(setting: Setting) -> None:
+        for name in ("a", "b"):
+            await setting.deployment.start(name)
+        request = await setting.request(max_tokens=5)
+        setting.deployment.deadly = ["a"]
+        readings = [Reading(setting, request) for _ in range(8)]
+        assert all([await reading.is_exact() for reading in readings])
+        assert not any(reading.interruptions for reading in readings)
 
     play(scenario)
 

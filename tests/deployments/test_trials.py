@@ -1,6 +1,7 @@
 """Who is suspected of ending replicas, and how suspects take turns."""
 
 import asyncio
+import random
 
 import pytest
 
@@ -23,13 +24,69 @@ def test_two_failures_in_a_row_make_a_suspect_and_two_more_alone_convict_it() ->
     assert suspicion_of(*[Loss.FAILED] * 4).is_convicted
 
 
-def test_nobody_is_convicted_by_what_happened_while_others_were_there() -> None:
-    assert not suspicion_of(*[Loss.FAILED] * 50, alone=False).is_convicted
+def test_what_happened_while_others_were_there_proves_nothing() -> None:
+    assert not suspicion_of(*[Loss.FAILED] * (trials.MOST_FAILURES - 1), alone=False).is_convicted
+
+
+def test_two_silent_replicas_speak_against_a_request_like_one_that_failed() -> None:
+    assert not suspicion_of(*[Loss.SILENT] * 3).is_suspect
+    assert suspicion_of(*[Loss.SILENT] * 4).is_suspect
+    assert not suspicion_of(*[Loss.SILENT] * 7).is_convicted
+    assert suspicion_of(*[Loss.SILENT] * 8).is_convicted
+
+
+def test_nobody_survives_eight_failures_whatever_it_brought_between_them() -> None:
+    found = Suspicion()
+    for count in range(1, trials.MOST_FAILURES + 1):
+        found.acquit()
+        found.lost(Loss.FAILED, alone=False, brought=True)
+        assert found.is_suspect is (count >= trials.REPEATED)
+        assert found.is_convicted is (count >= trials.MOST_FAILURES)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_200_kills_at_random_convict_none_of_the_streams_that_they_hit(seed: int) -> None:
+    """On two replicas, 32 streams at a time, of which each lives through one to five kills."""
+    rng = random.Random(seed)
+    streams: list[tuple[Suspicion, int]] = [(Suspicion(), 0)] * 32
+    for kill in range(200):
+        for place, (stream, end) in enumerate(streams):
+            if kill >= end:
+                stream, end = streams[place] = Suspicion(), kill + rng.randint(1, 5)
+            if rng.random() < 0.5:
+                brought = rng.random() < 0.9
+                if brought:
+                    stream.acquit()
+                stream.lost(Loss.FAILED, alone=rng.random() < 0.5, brought=brought)
+            assert not stream.is_convicted
 
 
 @pytest.mark.parametrize("loss", [Loss.MOVED, Loss.PAUSED])
 def test_a_planned_move_clears_the_record(loss: Loss) -> None:
     assert not suspicion_of(*[Loss.FAILED] * 3, loss).is_suspect
+
+
+def test_a_request_that_was_lost_repeatedly_is_tried_for_a_while_beyond_its_first_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trials, "PROBATION_S", 0.05)
+
+    async def scenario() -> None:
+        court = Court()
+        repeated = Suspicion()
+        for _ in range(trials.REPEATED):
+            repeated.lost(Loss.FAILED, alone=False, brought=True)
+        async with Trial(court, repeated) as trial:
+            trial.begin()
+            trial.brought()
+            assert trial.alone and court.seat.locked()
+            await asyncio.sleep(0.2)
+            assert not trial.alone and not court.seat.locked()
+        async with Trial(court, suspicion_of(Loss.FAILED, Loss.FAILED)) as trial:
+            trial.brought()
+            assert not trial.alone and not court.seat.locked()
+
+    asyncio.run(scenario())
 
 
 def test_each_trial_may_take_twice_as_long_as_the_one_before() -> None:

@@ -1,9 +1,11 @@
 """Runs the application with KV hosts over fake engines: `python -m tests.deployments.app.host_server MODEL_DIR PORT`.
 
-Prints the path of the node's socket. Then each line of standard input is a command: "delete" deletes the application.
-When standard input is closed, everything ends.
+Prints the paths of the node's socket and of the log. Then each line of standard input is a command: "deploy" and a JSON
+object replaces everything by a new version with other settings of the hosts, "delete" deletes the application; it
+prints "done" when it is. When standard input is closed, everything ends.
 """
 
+import json
 import sys
 
 from cluster.kv_host import host_socket
@@ -20,16 +22,23 @@ def main(model: str, port: int) -> None:
 
         from deployments.app import assemble
 
-        args = {
-            "engine": {"model": model, "device": "cpu"},
-            "kv_host": {"memory": "1MiB", "disk": f"{model}/kv", "disk_size": "1MiB"},
-        }
-        serve.run(assemble(AppConfig.model_validate(args), build_fake_engine), name="served")
-        print(host_socket("served"), flush=True)
+        hosts = {"memory": "1MiB", "disk": f"{model}/kv", "disk_size": "1MiB"}
+
+        def deploy() -> None:
+            config = AppConfig.model_validate({"engine": {"model": model, "device": "cpu"}, "kv_host": hosts})
+            serve.run(assemble(config, build_fake_engine), name="served")
+
+        deploy()
+        print(host_socket("served"), ray.log_file, flush=True)
         for command in sys.stdin:
-            assert command == "delete\n"
-            serve.delete("served")
-            print("deleted", flush=True)
+            verb, _, change = command.partition(" ")
+            if verb == "deploy":
+                hosts |= json.loads(change)
+                deploy()
+            else:
+                assert command == "delete\n"
+                serve.delete("served")
+            print("done", flush=True)
     finally:
         ray.stop()
 

@@ -5,10 +5,12 @@ The tests build on each other: the KV host that one of them stops is still so in
 
 import asyncio
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -23,8 +25,12 @@ MAX_TOKENS = 800
 IMPATIENT_S = 2.0
 """After which clients give up the connection to a stopped gateway; the pauses of a calm stream are far shorter."""
 STOPPED_S = 4.0
-STRUCK_AT = 10
-"""Events that every stream has had by then: few, as engines are ahead of clients that share their cores."""
+LATEST = 300
+"""Events of the first stream before something strikes, at most: engines are ahead of clients that share their cores."""
+NOTICED_S = 5.0
+"""Within which a replica that says nothing has to be found, and its streams have to go on elsewhere."""
+MARGIN_S = 2.0
+"""For the other replica, which computes what both did, on cores that it shares with the clients."""
 PATIENCE_S = 90.0
 
 
@@ -45,14 +51,17 @@ def calm(server: Server) -> Calm:
 def answers_under(
     server: Server, calm: Calm, salt: str, strike: Callable[[], None], silence_s: float = SILENCE_S
 ) -> list[Answer]:
-    """All kinds of requests with something that strikes amid them; none ends in an error, none differs."""
+    """All kinds of requests with something that strikes amid them; none ends in an error, none differs.
+
+    When it strikes is drawn, by `salt`.
+    """
     asked = salted(calm.asked, salt)
     answers = [Answer() for _ in asked]
-    streams = [answer for answer, kind in zip(answers, asked, strict=True) if kind.body.get("stream")]
+    struck_at = random.Random(salt).randint(1, LATEST)
 
     async def ask_and_strike() -> None:
         asking = asyncio.create_task(ask_all(server.url, asked, comes_back=True, silence_s=silence_s, into=answers))
-        while min(answer.num_events for answer in streams) < STRUCK_AT:
+        while answers[0].num_events < struck_at:
             await asyncio.sleep(0.01)
         strike()
         await asking
@@ -69,6 +78,14 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.1)
+
+
+def test_a_killed_replica_costs_no_answer_and_no_connection(server: Server, calm: Calm) -> None:
+    strike = partial(server.kill, "replica", server.pids("replica")[0], signal.SIGKILL)
+    answers = answers_under(server, calm, "replica killed", strike)
+    assert not any(answer.resumed or answer.repeated for answer in answers)
+    assert server.continued() & {answer.id for answer in answers}, "nobody was at that replica"
+    until(server.complete)
 
 
 def test_a_killed_gateway_costs_no_answer(server: Server, calm: Calm) -> None:
@@ -114,3 +131,25 @@ def test_a_gateway_that_is_stopped_for_a_while_costs_no_answer(server: Server, c
 
 def test_the_kv_host_that_was_stopped_is_started_again(server: Server) -> None:
     until(server.complete)
+
+
+def test_a_stopped_replica_is_found_and_its_streams_go_on_within_seconds(server: Server, calm: Calm) -> None:
+    victim = server.pids("replica")[0]
+    moments: list[float] = []
+
+    def strike() -> None:
+        os.kill(victim, signal.SIGSTOP)
+        moments.append(time.monotonic())
+
+    try:
+        answers = answers_under(server, calm, "replica stopped", strike)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+    continued = server.continued()
+    gaps = [
+        gap
+        for answer, expected in zip(answers, calm.answers, strict=True)
+        if answer.id in continued and (gap := answer.gap(moments[0], expected.first_s)) is not None
+    ]
+    assert 2.0 < max(gaps) < NOTICED_S + MARGIN_S

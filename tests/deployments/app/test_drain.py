@@ -2,8 +2,10 @@
 
 import asyncio
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import openai
 
 from tests.deployments.app.application import Application, scenario, stream_text
@@ -30,6 +32,31 @@ async def begin(application: Application, count: int, max_tokens: int) -> dict[s
 async def finish(application: Application, answers: dict[str, "asyncio.Task[str]"], max_tokens: int) -> None:
     for prompt, answer in answers.items():
         assert await answer == application.expected(prompt, max_tokens)
+
+
+AWAY = "503"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """A streamed answer that a client has had to the end, and may come back for."""
+
+    url: str
+    text: str
+
+    def again(self) -> str:
+        """Its events, or the status of an error."""
+        answer = httpx.get(self.url, timeout=20)
+        return answer.text if answer.status_code == 200 else str(answer.status_code)
+
+
+async def kept_answer(application: Application) -> KeptAnswer:
+    body = {"model": "fake", "prompt": "kept", "max_tokens": 20, "stream": True}
+    async with httpx.AsyncClient(headers={"X-Manta-Resumable": "true"}) as client:
+        answer = await client.post(f"{application.url}/v1/completions", json=body, timeout=20)
+    found = KeptAnswer(f"{application.url}/v1/streams/{answer.headers['x-manta-stream-id']}", answer.text)
+    assert await asyncio.to_thread(found.again) == answer.text
+    return found
 
 
 def continued(application: Application, reason: str) -> float:
@@ -62,6 +89,8 @@ async def test_a_new_version_of_everything_drops_nothing(application: Applicatio
     refused: list[Exception] = []
     served = 0
     over = asyncio.Event()
+    complete = await kept_answer(application)
+    found: set[str] = set()
 
     async def keep_asking() -> None:
         nonlocal served
@@ -75,7 +104,12 @@ async def test_a_new_version_of_everything_drops_nothing(application: Applicatio
                 refused.append(error)
             await asyncio.sleep(0.05)
 
-    asking = asyncio.ensure_future(keep_asking())
+    async def keep_coming_back() -> None:
+        while not over.is_set():
+            found.add(await asyncio.to_thread(complete.again))
+            await asyncio.sleep(0.05)
+
+    asking = asyncio.gather(keep_asking(), keep_coming_back())
     await asyncio.to_thread(application.deploy, args={"engine": {"model": application.model, "max_model_len": 5000}})
     await application.until(lambda: not old & set(application.replicas()), 40.0)
     assert set(application.gateways()) - gateways, "the gateways are new as well"
@@ -83,6 +117,8 @@ async def test_a_new_version_of_everything_drops_nothing(application: Applicatio
     over.set()
     await asking
     assert refused == [] and served > 50
+    assert await asyncio.to_thread(complete.again) == complete.text
+    assert found <= {complete.text, AWAY}, "an answer that is complete is kept by whoever keeps streams"
     await application.until(lambda: not gateways & set(application.gateways()), 40.0)
 
 

@@ -1,6 +1,7 @@
 """The KV host inside the real application: it outlives what is killed around it, and ends with the application."""
 
 import asyncio
+import json
 import re
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from os import kill
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -24,10 +26,22 @@ ROOT = Path(__file__).parents[3]
 class Application:
     """The running application."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str, socket: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str], url: str, socket: Path, log: Path) -> None:
         self.process = process
+        self.log = log
         self.url = url
         self.socket = socket
+
+    def tell(self, command: str) -> None:
+        """A line for `tests.deployments.app.host_server`."""
+        assert self.process.stdin is not None
+        print(command, file=self.process.stdin, flush=True)
+
+    def deploy(self, change: dict[str, Any]) -> None:
+        """A new version of everything, with other settings of the hosts."""
+        self.tell(f"deploy {json.dumps(change)}")
+        assert self.process.stdout is not None
+        assert "done\n" in iter(self.process.stdout.readline, ""), "the application has ended"
 
     def pids(self, name: str) -> list[int]:
         """Processes of an actor class."""
@@ -55,9 +69,9 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Applicatio
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            line = next((line for line in process.stdout if line.endswith("kv.sock\n")), "")
+            line = next((line for line in process.stdout if "kv.sock " in line), "")
             assert line, "the application did not start"
-            running = Application(process, f"http://127.0.0.1:{port}", Path(line.strip()))
+            running = Application(process, f"http://127.0.0.1:{port}", *map(Path, line.split()))
             until(running.socket.exists)
             yield running
         finally:
@@ -104,6 +118,17 @@ def test_pages_outlive_the_replicas_and_the_keeper(application: Application) -> 
     until(lambda: application.metric("manta:kv_host_memory_pages") == 4)
 
 
+def test_pages_outlive_a_new_version_of_everything(application: Application) -> None:
+    asyncio.run(write(application.socket, "c"))
+    old = {name: set(application.pids(name)) for name in (":LLMReplica", ":KVHosts")}
+    (host,) = application.pids(":KVHostActor")
+    application.deploy({})
+    until(lambda: not any(pids & set(application.pids(name)) for name, pids in old.items()))
+    assert application.pids(":KVHostActor") == [host]
+    assert asyncio.run(count_found(application.socket, "c")) == 1
+    until(lambda: application.metric("manta:kv_host_memory_pages") == 5)
+
+
 def test_a_killed_host_is_back_on_the_same_path(application: Application) -> None:
     (host,) = application.pids(":KVHostActor")
 
@@ -123,13 +148,27 @@ def test_a_killed_host_is_back_on_the_same_path(application: Application) -> Non
     assert asyncio.run(count_found(application.socket, "a")) == 1
 
 
+def test_a_folder_that_is_not_to_be_had_turns_the_disk_tier_off_and_nothing_else(
+    application: Application, tmp_path: Path
+) -> None:
+    """It is below a file, which stops whoever runs this; where a folder cannot be written to, that is said likewise."""
+    (tmp_path / "file").touch()
+    (host,) = application.pids(":KVHostActor")
+    application.deploy({"disk": str(tmp_path / "file" / "kv")})
+    until(lambda: f"The disk tier {tmp_path}/file/kv cannot be written to" in application.log.read_text())
+    until(lambda: serves(application.socket))
+    asyncio.run(write(application.socket, "d"))
+    assert asyncio.run(count_found(application.socket, "d")) == 1
+    assert application.pids(":KVHostActor") == [host]
+    assert httpx.get(f"{application.url}/ready", timeout=20).status_code == 200
+
+
 def test_it_ends_with_the_application_and_leaves_nothing(application: Application) -> None:
     async def scenario() -> Path:
         async with connected(application.socket) as client:
             segment = client.segment.path
             assert segment.exists()
-            application.process.stdin.write("delete\n")
-            application.process.stdin.flush()
+            application.tell("delete")
             async with asyncio.timeout(60):
                 while await client.reader.read(1 << 20):
                     pass

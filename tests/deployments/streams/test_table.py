@@ -205,3 +205,27 @@ class Table(RuleBasedStateMachine):
 
 
 TestTable = Table.TestCase
+
+
+def test_a_table_that_inherits_goes_on_as_if_it_had_been_there_all_the_time(clock: Clock) -> None:
+    old, new = table_of(clock), table_of(Clock())
+    old.report(Report("a", opened=(opened("done", 3, finished=True), opened("open", 2), opened("orphan", 1))))
+    clock.now += LEASE_S + 1.0
+    old.report(Report("a", grown=(grown("open", 2, 4),)))
+    new.inherit(old.entries())
+    assert (len(new), new.num_bytes) == (len(old), old.num_bytes)
+    assert new.report(Report("a", grown=(grown("open", 4, 5),))) == Answer()
+    (orphan,) = new.report(Report("b", room=3)).orphans
+    assert orphan.stream_id == "orphan"
+    assert tokens(new, "b", "done") == [0, 1, 2] and tokens(new, "b", "open") == [0, 1, 2, 3, 4]
+
+
+def test_inherited_answers_are_kept_no_longer_and_take_no_more_room(clock: Clock) -> None:
+    old, later = table_of(clock), Clock()
+    small = table_of(later, max_streams=1)
+    old.report(Report("a", opened=(opened("done", 3, finished=True), opened("other", 3, finished=True))))
+    clock.now += GRACE_S - 1.0
+    small.inherit(old.entries())
+    assert len(small) == 1
+    later.now += 2.0
+    assert tokens(small, "b", "done") is None
