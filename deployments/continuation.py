@@ -126,7 +126,7 @@ class ContinuingBackend:
         was_taken = progress.begun
         while True:
             trial = Trial(self._court, suspicion, patience.left)
-            brought = False
+            brought = 0
             try:
                 async with trial:
                     if suspicion.is_suspect:
@@ -136,8 +136,8 @@ class ContinuingBackend:
                             if emission.finish_reason is FinishReason.MOVED:
                                 raise ReplicaLost(emission.error or "", Loss.FAILED if emission.error else Loss.MOVED)
                             progress.note(emission)
-                            if not brought:
-                                brought = True
+                            brought += 1
+                            if brought == 1:
                                 trial.brought()
                                 suspicion.acquit()
                                 patience.rewarded()

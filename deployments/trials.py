@@ -6,9 +6,10 @@ reasons of their own. So who was there twice in a row is only suspected. Suspect
 failures of replicas on which a request was the only suspect count against it. Nobody is tried for longer than a while,
 lest all others wait for one long prompt; who needs longer gets twice the time whenever it has to be tried again.
 
-A culprit may bring a token before each failure. So failures are counted over a request's whole life, too: after some,
-it is tried for a while beyond its first token, and there is a number that nobody survives. Replicas that fall silent
-count half: most are stopped by something else.
+A culprit may bring a token before each failure. So failures soon after a request's first token are counted over its
+whole life, too: after some, it is tried for a while beyond that token, and there is a number that nobody survives. What
+brings an answer on by many tokens each time, though replicas are killed around it, is never counted out: it ends by
+itself. Replicas that fall silent count half: most are stopped by something else.
 """
 
 import asyncio
@@ -29,7 +30,10 @@ REPEATED = 4
 """Failures in all that make a suspect of a request whatever it brought between them. Kills at random rarely hit one
 stream more than twice."""
 MOST_FAILURES = 8
-"""Failures in all that end a request: one that fails its replica long after it began is not to go on for ever."""
+"""Failures in all that end a request: one that brings a little before each is not to go on for ever."""
+MUCH = 32
+"""Iterations with tokens of the request's, after which the failure of a replica is not counted among those in all:
+where a request fails a replica because of what it is, it fails the next one at the same token."""
 TRIAL_S = 10.0
 """The first trial of a request: far longer than it takes to end a replica that ends at once."""
 PROBATION_S = 1.0
@@ -76,9 +80,9 @@ class Suspicion:
         if not self.is_repeated:
             self._num_proofs = 0
 
-    def lost(self, loss: Loss, *, alone: bool, brought: bool = False) -> None:
-        """`alone`: there was a trial, it was not over, and no other suspect was running. `brought`: it had brought a
-        token there."""
+    def lost(self, loss: Loss, *, alone: bool, brought: int = 0) -> None:
+        """`alone`: there was a trial, it was not over, and no other suspect was running. `brought`: in how many
+        iterations it had brought tokens there."""
         if loss in (Loss.MOVED, Loss.PAUSED):
             self.acquit()
         elif loss is Loss.SILENT:
@@ -87,7 +91,7 @@ class Suspicion:
                 self.lost(Loss.FAILED, alone=alone, brought=brought)
         elif loss is Loss.FAILED:
             self._num_proofs += self.is_suspect and alone
-            self._num_in_all += 1
+            self._num_in_all += brought < MUCH
             self.num_failures += not brought
 
 

@@ -35,13 +35,21 @@ def test_two_silent_replicas_speak_against_a_request_like_one_that_failed() -> N
     assert suspicion_of(*[Loss.SILENT] * 8).is_convicted
 
 
-def test_nobody_survives_eight_failures_whatever_it_brought_between_them() -> None:
+def test_nobody_survives_eight_failures_with_little_between_them() -> None:
     found = Suspicion()
     for count in range(1, trials.MOST_FAILURES + 1):
         found.acquit()
-        found.lost(Loss.FAILED, alone=False, brought=True)
+        found.lost(Loss.FAILED, alone=False, brought=trials.MUCH - 1)
         assert found.is_suspect is (count >= trials.REPEATED)
         assert found.is_convicted is (count >= trials.MOST_FAILURES)
+
+
+def test_a_long_answer_outlives_any_number_of_replicas_that_are_killed_around_it() -> None:
+    found = Suspicion()
+    for _ in range(100):
+        found.acquit()
+        found.lost(Loss.FAILED, alone=False, brought=trials.MUCH)
+        assert not found.is_suspect
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -54,7 +62,7 @@ def test_200_kills_at_random_convict_none_of_the_streams_that_they_hit(seed: int
             if kill >= end:
                 stream, end = streams[place] = Suspicion(), kill + rng.randint(1, 5)
             if rng.random() < 0.5:
-                brought = rng.random() < 0.9
+                brought = rng.choice([0, *range(1, 40)])
                 if brought:
                     stream.acquit()
                 stream.lost(Loss.FAILED, alone=rng.random() < 0.5, brought=brought)
@@ -75,7 +83,7 @@ def test_a_request_that_was_lost_repeatedly_is_tried_for_a_while_beyond_its_firs
         court = Court()
         repeated = Suspicion()
         for _ in range(trials.REPEATED):
-            repeated.lost(Loss.FAILED, alone=False, brought=True)
+            repeated.lost(Loss.FAILED, alone=False, brought=1)
         async with Trial(court, repeated) as trial:
             trial.begin()
             trial.brought()
