@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import GenerationFailed, Loss, ModelGone, NotReady, ReplicaLost
 from deployments.cards import Cards
+from deployments.latest import Latest
 from deployments.messages import Abort, Accepted, Attach, Describe, Described, Frame, ModelCard, Submit, Unavailable
 from deployments.router import Ledger, ReplicaGone
 from deployments.silence import heard, meaning
@@ -48,7 +49,7 @@ FAREWELL = "%d requests leave their replica: %s"
 LOOK_S = 0.25
 """How often it is asked who can go on with the streams of a replica that is to go."""
 MAX_REMEMBERED = 4096
-"""Aborted requests whose late tokens are recognised."""
+"""Aborted requests, and links that broke, of which something may still come."""
 
 Answer = Accepted | Described | InvalidRequest | Unavailable
 
@@ -78,10 +79,10 @@ class RayBackend:
         self._streams: dict[str, TokenStream] = {}
         self._links: dict[tuple[str, str], Link] = {}
         """By replica, and by the name that it knows this gateway by."""
-        self._broken: dict[tuple[str, str], None] = {}
-        """Latest links that broke, oldest first."""
-        self._aborted: dict[str, None] = {}
-        """Wire ids of the latest aborts, oldest first: tokens of theirs may still be on the way."""
+        self._broken: Latest[tuple[str, str]] = Latest(MAX_REMEMBERED)
+        """Links that broke."""
+        self._aborted: Latest[str] = Latest(MAX_REMEMBERED)
+        """Wire ids: tokens of theirs may still be on the way."""
         self._ended: str | None = None
         """Why no request goes on any more."""
         self._background: set[asyncio.Task[Any]] = set()
@@ -232,9 +233,7 @@ class RayBackend:
             link.remove(stream)
 
     def _abort(self, replica_id: str, *wire_ids: str) -> None:
-        self._aborted |= dict.fromkeys(wire_ids)
-        while len(self._aborted) > MAX_REMEMBERED:
-            del self._aborted[next(iter(self._aborted))]
+        self._aborted.add(*wire_ids)
         call = Abort(self._gateway_id, replica_id, wire_ids)
 
         async def send() -> None:
@@ -261,9 +260,7 @@ class RayBackend:
         may go the same way, so requests are sent under another one from now on.
         """
         self._era += 1
-        self._broken[link.replica_id, link.caller] = None
-        while len(self._broken) > MAX_REMEMBERED:
-            del self._broken[next(iter(self._broken))]
+        self._broken.add((link.replica_id, link.caller))
 
     async def _read(self, link: Link) -> None:
         """Follows one replica's frames while requests of ours run there."""
