@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from cluster.kv.checksum import crc32c
 from cluster.kv.peers import PageCopy, Peers
-from cluster.kv.segment import Segment, tag_of
+from cluster.kv.segment import Segment
 from cluster.kv.slots import Owner, Page, SlotError, SlotTable
 from cluster.kv.stats import HostCounters
+from cluster.kv.tags import hide, show
 from cluster.kv.wire import ELSEWHERE, ON_DISK, Entry
 
 logger = logging.getLogger(__name__)
@@ -122,17 +123,20 @@ class Store:
                 self._reminder = asyncio.get_running_loop().call_later(DISK_PATIENCE_S, self._remind)
         return await self._take(client, count)
 
-    def commit(self, owner: Owner, entries: Iterable[Entry]) -> None:
+    def commit(self, owner: Owner, entries: Iterable[Entry]) -> list[bytes]:
         """The owner has written these pages. Raises SlotError.
 
-        A page whose predecessor is not here could not be found: its slot is free again.
+        A page whose predecessor is not here could not be found: its slot is free again. Returns the keys of those.
         """
+        dropped = []
         for entry in entries:
             if entry.parent and self.table.get(entry.parent) is None and not self._on_disk(entry.parent):
                 self.table.give_back(owner, entry.slot)
+                dropped.append(entry.key)
             elif self.table.commit(owner, entry.slot, entry.key, entry.parent, entry.crc) is not None:
-                self.segment.tags[entry.slot] = tag_of(entry.key)
+                show(self.segment.tags, entry.key)
         self._keep_ahead()
+        return dropped
 
     def find(self, owner: Owner, ticket: int, keys: Sequence[bytes]) -> list[Page | None]:
         """The longest run of these keys on this node: pages in memory, pinned under the ticket; None if on disk."""
@@ -374,7 +378,7 @@ class Store:
 
     def _forget(self, gone: Iterable[Page]) -> None:
         for page in gone:
-            self.segment.tags[page.slot] = 0
+            hide(self.segment.tags, page.key)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         task = asyncio.get_running_loop().create_task(work)
