@@ -219,8 +219,15 @@ class LayoutDisk:
     def writable(self) -> bool:
         return self._tier.writable
 
+    @property
+    def capacity(self) -> int:
+        return self.table.num_slots
+
     def __contains__(self, key: bytes) -> bool:
         return self.table.get(key) is not None
+
+    def has_followers(self, key: bytes) -> bool:
+        return self.table.has_followers(key)
 
     def show_tags(self, tags: Tags) -> None:
         """Keeps the tags of its pages in this table for `num_pages` from now on."""

@@ -40,7 +40,9 @@ READ_PATIENCE_S = 2.0
 """How long a piece may take to be read from disk before whoever waits for it is told that it is not there. Well within
 what a client waits for an answer."""
 CLOSE_PATIENCE_S = 1.5
-"""For what is under way when a store closes."""
+"""For what is under way when a store closes, and for pages to be written then."""
+LAST_WRITE_S = 1.0
+"""When a store closes, no further piece is begun after so long: there is to be time to end the last one."""
 
 
 class Disk(Protocol):
@@ -54,8 +56,17 @@ class Disk(Protocol):
         """Whether pages can be read now."""
         ...
 
+    @property
+    def capacity(self) -> int:
+        """Pages that there is room for."""
+        ...
+
     def __contains__(self, key: bytes) -> bool:
         """Whether the page is on disk, readable or not."""
+        ...
+
+    def has_followers(self, key: bytes) -> bool:
+        """Whether pages on disk follow this one, which may not be there."""
         ...
 
     async def write(self, pages: Sequence[tuple[Page, View]]) -> None:
@@ -191,10 +202,11 @@ class Store:
         return copies
 
     async def close(self) -> None:
-        """Removes the segment, and waits for what is under way, unless that hangs.
+        """Removes the segment, waits for what is under way, unless that hangs, and writes to disk what it can.
 
-        Pages in memory are gone, those on disk stay.
+        Pages that are in memory alone are gone, those on disk stay.
         """
+        began = time.monotonic()
         # At once: nobody is to open it any more, and what comes next may be cut short.
         self.segment.unlink()
         if self._reminder is not None:
@@ -203,6 +215,7 @@ class Store:
             async with asyncio.timeout(CLOSE_PATIENCE_S):
                 while self._tasks:
                     await asyncio.wait(self._tasks)
+                await self._write_all(until=began + LAST_WRITE_S)
         for task in list(self._tasks):
             task.cancel()
         if self.disk is not None:
@@ -369,6 +382,20 @@ class Store:
             self._demotion = None
             if not self.disk.writable:  # Nobody waits for it any more.
                 self.on_free()
+
+    async def _write_all(self, until: float) -> None:
+        """Writes pages to disk for as long as there is time.
+
+        First those that others on disk follow: ends go there first, and nobody finds one without its beginning.
+        """
+        if (disk := self.disk) is None:
+            return
+        followed = [page.key for page in self.table.pages() if page.key not in disk and disk.has_followers(page.key)]
+        pages = [page for page in self.table.in_order(followed) if page.key not in disk][: disk.capacity]
+        for begin in range(0, len(pages), self.piece):
+            if not disk.writable or time.monotonic() >= until:
+                break
+            await disk.write([(page, self.segment.slot(page.slot)) for page in pages[begin : begin + self.piece]])
 
     def _on_disk(self, key: bytes) -> bool:
         return self.disk is not None and key in self.disk
