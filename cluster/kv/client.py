@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from cluster.kv.allowance import Allowance
 from cluster.kv.checksum import crc32c
+from cluster.kv.commits import Commits
 from cluster.kv.connection import Connection, HostRefused, connect
 from cluster.kv.loads import MEMORY_GUESS, LoadCosts, RunningLoad
 from cluster.kv.segment import SegmentError
@@ -69,14 +69,6 @@ class Bandwidth:
 UNLIMITED = Bandwidth()
 
 
-class _Copied(NamedTuple):
-    """Pages of one Commit."""
-
-    saves: list[Save]
-    """Those that the engine has no answer for."""
-    at: float
-
-
 class TierClient:
     """See `engine.kv.tier.Tier`."""
 
@@ -110,8 +102,7 @@ class TierClient:
         self._num_saving = 0
         self._num_uncopied = 0
         """Pages that were refused without a copy, and whose part of the bandwidth is to be given back."""
-        self._copied: deque[_Copied] = deque()
-        """What was committed and not answered by the host, oldest first."""
+        self._commits = Commits()
         self._grants = True
         """Whether the host lends slots; if not, no more pages are taken than there are slots for."""
         self._starved_at: float | None = None
@@ -244,8 +235,7 @@ class TierClient:
             self._loads.clear()
         for load in loads:
             self._answer(Loaded(load.ticket, 0))
-        while self._copied:
-            self._refuse(self._copied.popleft().saves)
+        self._refuse(self._commits.end())
         self._refuse_saves()
 
     def _serve(self) -> None:
@@ -261,7 +251,7 @@ class TierClient:
                 for message in connection.receive(self._woken, self._patience()):
                     self._handle(connection, message)
                 self._end_loads(connection)
-                self._end_commits()
+                self._refuse(self._commits.give_up(self._clock() - GRANT_PATIENCE_S))
                 self._work(connection)
 
     def _end_loads(self, connection: Connection) -> None:
@@ -296,7 +286,7 @@ class TierClient:
                 saves.append(self._saves.popleft())
                 entries.append(self._copy_out(connection, saves[-1]))
             if entries:
-                self._copied.append(_Copied(saves, self._clock()))
+                self._commits.add(saves, self._clock())
                 connection.send(Commit(entries))
         self._await_slots()
 
@@ -319,7 +309,7 @@ class TierClient:
         due = [heard + ANSWER_TIMEOUT_S for heard in (now, *(running.heard for running in self._running.values()))]
         if self._starved_at is not None:
             due.append(self._starved_at + GRANT_PATIENCE_S)
-        due += [copied.at + GRANT_PATIENCE_S for copied in self._copied if copied.saves]
+        due.append(self._commits.oldest() + GRANT_PATIENCE_S)
         return max(0.0, min(due) - now)
 
     def _handle(self, connection: Connection, message: Message) -> None:
@@ -349,22 +339,12 @@ class TierClient:
         return entry
 
     def _committed(self, dropped: frozenset[bytes]) -> None:
-        """The host has answered the oldest commit."""
-        if not self._copied:
-            raise WireError("the host answers a commit that was not sent")
-        for save in self._copied.popleft().saves:
-            stored = save.key not in dropped
-            self._stats.pages_saved += stored
-            self._stats.pages_refused += not stored
-            self._answer(Saved(save.page, stored))
-
-    def _end_commits(self) -> None:
-        """Gives back the pages of commits that the host has not answered for too long."""
-        now = self._clock()
-        for copied in self._copied:
-            if now - copied.at >= GRANT_PATIENCE_S:
-                self._refuse(copied.saves)
-                copied.saves.clear()
+        for save in self._commits.answered():
+            if save.key in dropped:
+                self._refuse([save])
+            else:
+                self._stats.pages_saved += 1
+                self._answer(Saved(save.page, True))
 
     def _found(self, connection: Connection, running: RunningLoad, found: Found) -> None:
         in_memory = running.decide(found.slots, self._load_costs, self._choose, self._clock())

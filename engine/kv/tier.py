@@ -66,7 +66,7 @@ class TierStats:
     pages_saved: int = 0
     pages_loaded: int = 0
     pages_refused: int = 0
-    """Offered, and not kept: the budget or the memory was used up, there was no host, or it has lost the page before."""
+    """Offered, and not kept: the budget or the memory was used up, there was no host, or it lacked the page before."""
     pages_corrupt: int = 0
     """Came with a wrong checksum, and were not used."""
     failures: int = 0

@@ -160,7 +160,7 @@ async def test_without_time_to_write_all_ends_on_disk_are_given_their_beginnings
         await put(server, client, *old)
         while server.stats().disk_pages == 0:
             await put(server, client, *new[0])
-            new = new[1:] + [new[0]]
+            new = [*new[1:], new[0]]
         beginning = [name for name in old if (await client.find(name)).slots[0] != ON_DISK]
         assert 0 < len(beginning) < len(old)
         written: list[bytes] = []
