@@ -156,11 +156,13 @@ class Use(RuleBasedStateMachine):
         self.store.discard([key_of(name)])
         assert self.store.table.get(key_of(name)) is None
 
-    @rule(name=names, how=st.sampled_from(["flip", "truncate", "remove"]))
-    def damage(self, name: str, how: str) -> None:
-        path = self.folder / "disk" / LAYOUT.hex() / file_name(key_of(name))
-        if not path.exists():
+    @rule(data=st.data(), how=st.sampled_from(["flip", "truncate", "remove"]), loads=st.booleans())
+    def damage(self, data: st.DataObject, how: str, loads: bool) -> None:
+        files = {file_name(key): name for key, name in self.keys.items()}
+        paths = sorted((self.folder / "disk" / LAYOUT.hex()).glob("*"))
+        if not paths:
             return
+        path = data.draw(st.sampled_from(paths))
         content = bytearray(path.read_bytes())
         content[-7] ^= 1
         match how:
@@ -170,6 +172,8 @@ class Use(RuleBasedStateMachine):
                 path.write_bytes(content[:-1])
             case "remove":
                 path.unlink()
+        if loads:
+            self.load(CLIENTS[0], files[path.name], keeps=False)
 
     @rule(is_full=st.sampled_from([False, False, False, True]))
     def fill_disk(self, is_full: bool) -> None:
