@@ -7,7 +7,10 @@ Each page is offered once to each host. One that comes later, or comes back, kno
 before: which pages it was offered is kept here, so that they can be offered again.
 """
 
+import math
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +19,8 @@ from numpy.typing import NDArray
 from engine.kv.costs import LEAST_TOKENS, PrefillCost
 from engine.kv.pages import PagePool
 from engine.kv.tier import Load, Loaded, Save, Saved, Tier
-from engine.sequence import Sequence
+from engine.policy import last_after
+from engine.sequence import Sequence, Status
 
 LEAST_SAVING = 16
 SAVING_SHARE = 8
@@ -30,33 +34,51 @@ ASK_S = 0.5
 other nodes answer within milliseconds, or are waited for half as long as this."""
 ASK_MOVED_S = 0.05
 """The same for a stream that was computed elsewhere, and so has pages elsewhere."""
+OFFER_AGAIN_S = 1.0
+"""Between two times that everything is offered again: a host that is too small for a sequence drops its last pages
+each time."""
+STARVED_S = 1.0
+"""How long pages may wait for a tier that takes none before nobody is kept awake for them. Longer than a budget of
+bandwidth needs to allow a page."""
 
 
 class Offload:
     """Pages on their way to or from a tier. Without a tier nothing is ever on its way."""
 
-    def __init__(self, pool: PagePool, page_tokens: int, tier: Tier | None) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        page_tokens: int,
+        tier: Tier | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._pool = pool
         self._page_tokens = page_tokens
         self._tier = tier
+        self._clock = clock
         self._unsaved: OrderedDict[int, Save] = OrderedDict()
         """By page, in the order in which they are to be copied. Their content may have gone meanwhile."""
+        self._starved_since: float | None = None
+        """Since when none of them is taken although nothing is on its way."""
         self._saving: set[int] = set()
         """Pages with a reference of ours."""
         self._host = 0
         """The host that pages are offered to, as `Tier.host` numbers them."""
         self._offered: set[int] = set()
         """Pages that this host was offered, or gave."""
+        self._offer_again_at = -math.inf
+        """When everything may be offered again."""
         self._loading: dict[int, _Loading] = {}
-        self._guessed: set[int] = set()
-        """Loads that were decided on before anything was known of what computing costs: no score is kept of them."""
+        self._unscored: set[int] = set()
+        """Loads of which no score is kept: those that were decided on before anything was known of what computing
+        costs, and those that were given up."""
         self.prefill = PrefillCost()
         self.score = Score()
 
     @property
     def busy(self) -> bool:
-        """Whether something is on its way, or waits to be."""
-        return bool(self._loading or self._saving or self._unsaved)
+        """Whether something is on its way, or waits to be and may soon."""
+        return bool(self._loading or self._saving or (self._unsaved and not self._is_starved()))
 
     @property
     def held_pages(self) -> set[int]:
@@ -130,9 +152,14 @@ class Offload:
     def send(self) -> None:
         """Hands as many pages to the tier as it takes now."""
         if self._tier is None or not self._unsaved or not self.has_host():
+            self._starved_since = None
             return
         may_hold = max(LEAST_SAVING, self._pool.num_pages // SAVING_SHARE)
         room = min(self._tier.room(), may_hold - len(self._saving))
+        if room > 0 or self._saving or self._loading:
+            self._starved_since = None
+        elif self._starved_since is None:
+            self._starved_since = self._clock()
         looks = max(room, LEAST_LOOKS)
         chosen: list[Save] = []
         while len(chosen) < room and looks > 0 and self._unsaved:
@@ -170,9 +197,28 @@ class Offload:
         pages = sequence.pages[first : len(keys)]
         self._loading[sequence.sequence_id] = _Loading(sequence, pages, self._tier.host())
         if not prefill.known:
-            self._guessed.add(sequence.sequence_id)
+            self._unscored.add(sequence.sequence_id)
         self._tier.load(Load(sequence.sequence_id, keys[first:], pages, recompute_seconds))
         return True
+
+    def give_up(self, sequence: Sequence) -> None:
+        """Pages of it that are on their way are not waited for: its load ends soon, with those that have come."""
+        assert self._tier is not None
+        self._unscored.add(sequence.sequence_id)
+        self._tier.give_up(sequence.sequence_id)
+
+    def gives_back(self, beneficiary: Sequence) -> bool:
+        """Whether pages come back when what is on its way ends, that `beneficiary` may take.
+
+        A load is as long as the tier is slow, and holds the pages that it loads into: one of a later sequence is given
+        up, so that no sequence waits for another one's pages. What has come of it stays findable.
+        """
+        loading = [load.sequence for load in self._loading.values()]
+        later = last_after(loading, beneficiary)
+        if later is not None:
+            self.give_up(later)
+        over = any(sequence.status is Status.FINISHED for sequence in loading)
+        return over or later is not None or any(self._pool.num_holders(page) == 1 for page in self._saving)
 
     def settle(self, timeout_s: float = 0.0) -> list[tuple[Sequence, int]]:
         """Sequences whose loads have ended, with the pages that each got; waits up to `timeout_s` for an answer."""
@@ -185,11 +231,11 @@ class Offload:
                 case Saved(page, stored):
                     self._saving.remove(page)
                     saved.append(page)
-                    if not stored:  # Nobody would find what comes after it: all is offered again, in order.
-                        self._offered.clear()
+                    if not stored:
+                        self._offer_again()
                 case Loaded(ticket, num_pages):
-                    if ticket in self._guessed:
-                        self._guessed.remove(ticket)
+                    if ticket in self._unscored:
+                        self._unscored.remove(ticket)
                     else:
                         self.score.add(answer)
                     settled.append((self._arrived(ticket, num_pages), num_pages))
@@ -199,6 +245,16 @@ class Offload:
     def close(self) -> None:
         if self._tier is not None:
             self._tier.close()
+
+    def _is_starved(self) -> bool:
+        return self._starved_since is not None and self._clock() - self._starved_since >= STARVED_S
+
+    def _offer_again(self) -> None:
+        """A page was not kept, and nobody would find what comes after it: all is offered again, in order."""
+        now = self._clock()
+        if now >= self._offer_again_at:
+            self._offer_again_at = now + OFFER_AGAIN_S
+            self._offered.clear()
 
     def _arrived(self, ticket: int, num_pages: int) -> Sequence:
         """The sequence of a load that has ended. Its pages need no offer, if they came from the host that is there."""
@@ -231,8 +287,6 @@ class Score:
         """By which it was expected to take less."""
 
     def add(self, loaded: Loaded) -> None:
-        if loaded.num_pages == 0:
-            return
         self.predicted += loaded.predicted_seconds
         self.actual += loaded.seconds
         gain = loaded.recompute_seconds - loaded.seconds

@@ -62,7 +62,12 @@ def choose_victim(holders: Iterable[Sequence], beneficiary: Sequence) -> Sequenc
     The rule that only later sequences yield is what makes every request finish: the first in order can always take
     pages from all others, and when it is done the next one is first.
     """
-    later = (s for s in holders if s.pages and not s.in_flight and s.order > beneficiary.order)
+    return last_after((s for s in holders if s.pages and not s.in_flight), beneficiary)
+
+
+def last_after(sequences: Iterable[Sequence], beneficiary: Sequence) -> Sequence | None:
+    """The last of them in order, if it comes after the beneficiary."""
+    later = (s for s in sequences if s.order > beneficiary.order)
     return max(later, key=lambda s: s.order, default=None)
 
 

@@ -118,10 +118,11 @@ class Scheduler:
         self.settle()
         self._let_ahead()
         decodes = self._decodes()
+        # Before anybody is let in: what was preempted just now would be gone, and was to be copied.
+        self.offload.send()
         chunks: list[Chunk] = []
         budget = self._prefill_running(chunks, self._prompt_budget(len(decodes)))
         self._admit(chunks, budget)
-        self.offload.send()
         if not decodes and not chunks:
             stuck = self.waiting and not self._in_flight and not self.offload.busy
             assert not stuck, "sequences wait, and nothing will ever let them in"
@@ -320,8 +321,8 @@ class Scheduler:
         if len(sequence.pages) * self._page_tokens >= len(sequence.tokens):
             return True
         if not self._make_room(sequence):
-            # With batches in flight a page may come back by itself; otherwise earlier sequences need these pages.
-            if not self._in_flight:
+            # Pages that come back by themselves are waited for; otherwise earlier sequences need these.
+            if not self.offload.gives_back(sequence) and not self._in_flight:
                 self._preempt(sequence)
             return False
         sequence.pages.extend(self.pool.allocate(1))
@@ -372,6 +373,8 @@ class Scheduler:
         sequence.status = Status.FINISHED
         if not sequence.in_flight:
             self._release(sequence)
+        elif self.offload.is_loading(sequence):
+            self.offload.give_up(sequence)
         samples = self._sequences.get(sequence.request.request_id, ())
         if all(s.status is Status.FINISHED for s in samples):
             self._sequences.pop(sequence.request.request_id, None)

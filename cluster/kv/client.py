@@ -10,19 +10,21 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.kv.allowance import Allowance
 from cluster.kv.checksum import crc32c
+from cluster.kv.commits import Commits
 from cluster.kv.connection import Connection, HostRefused, connect
 from cluster.kv.loads import MEMORY_GUESS, LoadCosts, RunningLoad
 from cluster.kv.segment import SegmentError
 from cluster.kv.wire import (
     VERSION,
     Commit,
+    Committed,
     Corrupt,
     Entry,
     Fetch,
@@ -50,7 +52,8 @@ MAX_QUEUED = 256
 """Pages that may be on their way to the host at once: each is held on the device until it is copied. An iteration may
 fill more pages than the host lends slots at a time, and what is not on its way by the next one waits that long."""
 GRANT_PATIENCE_S = 2.0
-"""How long pages wait for slots before they are refused. Longer than the host lets its disk take to make room."""
+"""How long pages wait for slots before they are refused. Longer than the host lets its disk take to make room. And how
+long pages that were copied are held on the device until the host says which it has kept."""
 MAX_COMMIT = 8
 """Pages that are copied before the host is told, and before a load that has come meanwhile."""
 
@@ -92,9 +95,14 @@ class TierClient:
         self._changed = threading.Condition()
         self._saves: deque[Save] = deque()
         self._loads: deque[Load] = deque()
+        self._given_up: set[int] = set()
+        """Tickets of loads that nobody waits for any more."""
         self._answers: list[Answer] = []
         self._stats = TierStats()
         self._num_saving = 0
+        self._num_uncopied = 0
+        """Pages that were refused without a copy, and whose part of the bandwidth is to be given back."""
+        self._commits = Commits()
         self._grants = True
         """Whether the host lends slots; if not, no more pages are taken than there are slots for."""
         self._starved_at: float | None = None
@@ -144,7 +152,13 @@ class TierClient:
 
     def load(self, load: Load) -> None:
         with self._changed:
+            # The ticket may have been given up just after its last load had ended.
+            self._given_up.discard(load.ticket)
             self._loads.append(load)
+        self._wake()
+
+    def give_up(self, ticket: int) -> None:
+        self._given_up.add(ticket)
         self._wake()
 
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
@@ -154,8 +168,10 @@ class TierClient:
             if not self._answers:
                 self._changed.wait(timeout_s)
             answers, self._answers = self._answers, []
+            uncopied, self._num_uncopied = self._num_uncopied, 0
+        self._given_up.difference_update(answer.ticket for answer in answers if isinstance(answer, Loaded))
         # Here and not where they were refused: the allowance is the engine's thread's.
-        self._allowance.give_back(sum(isinstance(answer, Saved) and not answer.stored for answer in answers))
+        self._allowance.give_back(uncopied)
         return answers
 
     def page_seconds(self) -> float:
@@ -219,6 +235,7 @@ class TierClient:
             self._loads.clear()
         for load in loads:
             self._answer(Loaded(load.ticket, 0))
+        self._refuse(self._commits.end())
         self._refuse_saves()
 
     def _serve(self) -> None:
@@ -233,11 +250,13 @@ class TierClient:
             while not self._closing:
                 for message in connection.receive(self._woken, self._patience()):
                     self._handle(connection, message)
-                self._end_silent(connection)
+                self._end_loads(connection)
+                self._refuse(self._commits.give_up(self._clock() - GRANT_PATIENCE_S))
                 self._work(connection)
 
-    def _end_silent(self, connection: Connection) -> None:
+    def _end_loads(self, connection: Connection) -> None:
         """Ends the loads of which the host has said nothing for too long, each by itself: a disk or a peer may hang.
+        And those that nobody waits for.
 
         Raises WireError if it has not even said what it has: it knows that at once, and is itself not to be waited for.
         """
@@ -246,21 +265,28 @@ class TierClient:
             if not running.found:
                 raise WireError(f"the host does not say what it has for {ANSWER_TIMEOUT_S:.0f} s")
             logger.warning("The KV host brings no page for %.0f s: the rest is computed", ANSWER_TIMEOUT_S)
-            connection.send(Release(running.load.ticket))
-            self._finish(running)
+            self._end(connection, running)
+        for running in [each for each in self._running.values() if each.load.ticket in self._given_up]:
+            self._end(connection, running)
 
     def _work(self, connection: Connection) -> None:
         """Does what the engine has asked for; loads first, as sequences wait for those. Pages wait for slots."""
         while self._loads or (self._saves and connection.credits):
             while self._loads:
                 load = self._loads.popleft()
+                if load.ticket in self._given_up:
+                    self._answer(Loaded(load.ticket, 0))
+                    continue
                 now = self._clock()
                 self._running[load.ticket] = RunningLoad(load, now, now)
                 connection.send(Find(load.ticket, load.keys))
+            saves: list[Save] = []
             entries: list[Entry] = []
             while self._saves and connection.credits and not self._loads and len(entries) < MAX_COMMIT:
-                entries.append(self._copy_out(connection, self._saves.popleft()))
+                saves.append(self._saves.popleft())
+                entries.append(self._copy_out(connection, saves[-1]))
             if entries:
+                self._commits.add(saves, self._clock())
                 connection.send(Commit(entries))
         self._await_slots()
 
@@ -283,6 +309,7 @@ class TierClient:
         due = [heard + ANSWER_TIMEOUT_S for heard in (now, *(running.heard for running in self._running.values()))]
         if self._starved_at is not None:
             due.append(self._starved_at + GRANT_PATIENCE_S)
+        due.append(self._commits.oldest() + GRANT_PATIENCE_S)
         return max(0.0, min(due) - now)
 
     def _handle(self, connection: Connection, message: Message) -> None:
@@ -296,6 +323,8 @@ class TierClient:
             case Ready(ticket):
                 if (running := self._running.get(ticket)) is not None:
                     self._ready(connection, running, message)
+            case Committed(dropped):
+                self._committed(frozenset(dropped))
             case _:
                 raise WireError(f"the host sent a {type(message).__name__}")
 
@@ -307,9 +336,15 @@ class TierClient:
         self._memory.read(save.page, memory)
         entry = Entry(slot, save.key, save.parent, crc32c(memory))
         self._save_cost.observe(1, self._clock() - began)
-        self._stats.pages_saved += 1
-        self._answer(Saved(save.page, True))
         return entry
+
+    def _committed(self, dropped: frozenset[bytes]) -> None:
+        for save in self._commits.answered():
+            if save.key in dropped:
+                self._refuse([save])
+            else:
+                self._stats.pages_saved += 1
+                self._answer(Saved(save.page, True))
 
     def _found(self, connection: Connection, running: RunningLoad, found: Found) -> None:
         in_memory = running.decide(found.slots, self._load_costs, self._choose, self._clock())
@@ -333,21 +368,27 @@ class TierClient:
             if crc32c(memory) != crc:
                 self._stats.pages_corrupt += 1
                 connection.send(Corrupt([running.load.keys[running.copied]]))
-                running.wanted = running.copied
+                running.cut_short()
                 break
             running.copied += 1
             count += 1
             self._throttle(began, count)
+            if running.load.ticket in self._given_up:
+                running.cut_short()
+                break
         if timed:
             self._load_costs.memory.observe(count, self._clock() - began)
         if running.copied >= running.wanted:
-            connection.send(Release(running.load.ticket))
-            self._finish(running)
+            self._end(connection, running)
 
     def _throttle(self, began: float, pages: int) -> None:
         if self._bandwidth.load is not None:
             due = began + pages * self._memory.page_bytes / self._bandwidth.load
             time.sleep(max(0.0, due - self._clock()))
+
+    def _end(self, connection: Connection, running: RunningLoad) -> None:
+        connection.send(Release(running.load.ticket))
+        self._finish(running)
 
     def _finish(self, running: RunningLoad) -> None:
         del self._running[running.load.ticket]
@@ -356,9 +397,16 @@ class TierClient:
 
     def _refuse_saves(self) -> None:
         """Answers all pages that wait to be saved: they are not."""
-        while self._saves:
+        with self._changed:
+            saves = list(self._saves)
+            self._saves.clear()
+            self._num_uncopied += len(saves)
+        self._refuse(saves)
+
+    def _refuse(self, saves: Iterable[Save]) -> None:
+        for save in saves:
             self._stats.pages_refused += 1
-            self._answer(Saved(self._saves.popleft().page, False))
+            self._answer(Saved(save.page, False))
 
     def _answer(self, answer: Answer) -> None:
         with self._changed:

@@ -33,15 +33,16 @@ from cluster.kv.page_file import (
     read_page,
     write_page,
 )
-from cluster.kv.segment import round_up, tag_of
+from cluster.kv.segment import round_up
 from cluster.kv.slots import Page, SlotTable
 from cluster.kv.stats import HostCounters
+from cluster.kv.tags import Tags, hide, new_table, show
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_PAGES = 2**22
-"""Of one layout: each has a tag in the segment, which clients look through."""
+"""Of one layout: each has two places for a tag in the segment."""
 READERS = 4
 """Threads that read: a few that hang leave some to the others, and all other threads of the host alone."""
 REST_S = 30.0
@@ -203,7 +204,7 @@ class LayoutDisk:
         self._layout = layout
         self._page_bytes = page_bytes
         self._folder = tier.root / layout.hex()
-        self._tags: NDArray[np.uint64] = np.zeros(num_pages, dtype=np.uint64)
+        self._tags = new_table(num_pages)
         self._shown = self._tags
         """What clients see: the tags themselves, or nothing while the disk rests."""
         self._hanging: set[asyncio.Future[Any]] = set()
@@ -218,11 +219,18 @@ class LayoutDisk:
     def writable(self) -> bool:
         return self._tier.writable
 
+    @property
+    def capacity(self) -> int:
+        return self.table.num_slots
+
     def __contains__(self, key: bytes) -> bool:
         return self.table.get(key) is not None
 
-    def show_tags(self, tags: NDArray[np.uint64]) -> None:
-        """Keeps the tags of its pages in this array of `num_pages` from now on."""
+    def has_followers(self, key: bytes) -> bool:
+        return self.table.has_followers(key)
+
+    def show_tags(self, tags: Tags) -> None:
+        """Keeps the tags of its pages in this table for `num_pages` from now on."""
         tags[:] = self._tags
         self._tags = self._shown = tags
 
@@ -233,7 +241,7 @@ class LayoutDisk:
             slots, gone = self.table.grant(_WRITER, 1)
             self._delete(gone)
             if self.table.commit(_WRITER, slots[0], header.key, header.parent, header.crc) is not None:
-                self._tags[slots[0]] = tag_of(header.key)
+                show(self._tags, header.key)
         if headers:
             logger.info("Found %d pages in %s", self.table.num_pages, self._folder)
 
@@ -252,7 +260,7 @@ class LayoutDisk:
             if error is not None:
                 self.table.give_back(_WRITER, slot)
             elif self.table.commit(_WRITER, slot, header.key, header.parent, header.crc) is not None:
-                self._tags[slot] = tag_of(header.key)
+                show(self._tags, header.key)
         if written and written[-1] is not None:
             self._tier.switch_off(written[-1])
 
@@ -297,7 +305,7 @@ class LayoutDisk:
         self._hanging.clear()
         if self._waking is not None:
             self._waking.cancel()
-        self._tags = self._shown = np.zeros(self.table.num_slots, dtype=np.uint64)
+        self._tags = self._shown = new_table(self.table.num_slots)
         self._tier.closed(self._folder.name, self.num_bytes)
 
     def _has_ended(self, read: "asyncio.Future[Any]") -> None:
@@ -315,7 +323,7 @@ class LayoutDisk:
     def _delete(self, pages: Iterable[Page]) -> None:
         paths = []
         for page in pages:
-            self._tags[page.slot] = 0
+            hide(self._tags, page.key)
             paths.append(self._folder / file_name(page.key))
         self._tier.delete_later(paths)
 

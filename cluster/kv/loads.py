@@ -45,6 +45,8 @@ class RunningLoad:
     wanted: int = 0
     """Pages that were decided on."""
     copied: int = 0
+    is_whole: bool = True
+    """Whether all that was decided on has come, or still may."""
     fetched: float = 0.0
     """When pages were asked for that were not in memory."""
     predicted: float = 0.0
@@ -80,14 +82,22 @@ class RunningLoad:
         if known < 0 or first + count > self.wanted:
             raise WireError("pages came that were not next")
         if count == 0:
-            self.wanted = self.copied
+            self.cut_short()
         elif known >= count:
             return None
         return known
 
+    def cut_short(self) -> None:
+        """No more pages come, or are of use, than have been copied."""
+        self.is_whole = self.copied == self.wanted
+        self.wanted = self.copied
+
     def end(self, costs: LoadCosts, now: float) -> Loaded:
-        """The answer to the engine; what was fetched tells what fetching costs."""
-        if self.slow and self.copied == self.wanted:
+        """The answer to the engine; what was fetched tells what fetching costs.
+
+        Only if all of it has come: how long the pages took that did, nobody knows.
+        """
+        if self.slow and self.is_whole and self.copied == self.wanted:
             for medium in self.slow:
                 costs.observe(medium, self.slow.total(), now - self.fetched)
         recompute = self.load.recompute_seconds(0) - self.load.recompute_seconds(self.copied)

@@ -4,8 +4,8 @@ Owns the format of the file and who may open it. Does not know what is in a slot
 agreed over the socket (`cluster.kv.wire`).
 
 The file begins with a header of 4096 bytes: the magic, then as little-endian 64-bit integers the number of slots, the
-bytes of a page, the distance between two slots and the number of pages on disk that have a tag. Then a tag for each
-slot, a tag for each page on disk, and from the next multiple of 4096 on the slots.
+bytes of a page, the distance between two slots and the number of pages on disk that can be shown. Then the tags of the
+pages in slots, those of the pages on disk (`cluster.kv.tags`), and from the next multiple of 4096 on the slots.
 """
 
 import contextlib
@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC = b"MANTAKV1"
+from cluster.kv.tags import BUCKET, Tags, is_shown, new_table, table_bytes
+
+MAGIC = b"MANTAKV2"
 BLOCK = 4096
 """Slots begin at multiples of this: a page of memory belongs to one of them."""
 FILE_PREFIX = "manta-kv-"
 """How the names of the hosts' files begin."""
 _HEADER = struct.Struct("<8s4Q")
-_TAG_BYTES = 8
 _MAX_COUNT = 2**31
 
 
@@ -44,13 +45,8 @@ def segment_bytes(num_slots: int, page_bytes: int, num_disk: int) -> int:
     return _pages_begin(num_slots, num_disk) + num_slots * round_up(page_bytes)
 
 
-def tag_of(key: bytes) -> int:
-    """What marks a key among the tags."""
-    return int.from_bytes(key[:_TAG_BYTES], "little")
-
-
 def _pages_begin(num_slots: int, num_disk: int) -> int:
-    return round_up(BLOCK + _TAG_BYTES * (num_slots + num_disk))
+    return round_up(BLOCK + table_bytes(num_slots) + table_bytes(num_disk))
 
 
 class Segment:
@@ -67,11 +63,11 @@ class Segment:
         self._map = mmap.mmap(descriptor, segment_bytes(num_slots, page_bytes, num_disk))
         self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self._begin = _pages_begin(num_slots, num_disk)
-        tags = self._bytes[BLOCK : BLOCK + _TAG_BYTES * (num_slots + num_disk)].view(np.dtype("<u8"))
-        self.tags: NDArray[np.uint64] = tags[:num_slots]
-        """By slot: the first 8 bytes of the key of the page in it, 0 if there is none. Written by the host."""
-        self.disk_tags: NDArray[np.uint64] = tags[num_slots:]
-        """The same for pages on disk, in any order."""
+        split = BLOCK + table_bytes(num_slots)
+        self.tags = self._table(BLOCK, num_slots)
+        """Of the pages in slots. Written by the host."""
+        self.disk_tags = self._table(split, num_disk)
+        """Of the pages on disk."""
 
     @classmethod
     def create(cls, path: Path, num_slots: int, page_bytes: int, num_disk: int) -> "Segment":
@@ -134,8 +130,7 @@ class Segment:
 
     def may_have(self, key: bytes) -> bool:
         """Whether the page may be on this node, in memory or on disk. A hint: the host may be about to change it."""
-        tag = np.uint64(tag_of(key))
-        return bool((self.tags == tag).any() or (self.disk_tags == tag).any())
+        return is_shown(self.tags, key) or is_shown(self.disk_tags, key)
 
     def close(self) -> None:
         """Lets go of the file and, unless someone keeps a view of a slot, of the mapping. Twice is once."""
@@ -144,11 +139,15 @@ class Segment:
         os.close(self._descriptor)
         self._descriptor = -1
         self._bytes = np.empty(0, dtype=np.uint8)
-        self.tags = self.disk_tags = np.empty(0, dtype=np.uint64)
+        self.tags = self.disk_tags = new_table(0)
         self.num_slots = self.num_disk = 0
         # The last view ends the mapping then.
         with contextlib.suppress(BufferError):
             self._map.close()
+
+    def _table(self, begin: int, num_pages: int) -> Tags:
+        content = self._bytes[begin : begin + table_bytes(num_pages)]
+        return content.view(np.dtype("<u8")).reshape(-1, BUCKET)
 
     def unlink(self) -> None:
         """Removes the file; mappings of it go on. For the host."""

@@ -20,11 +20,12 @@ from pathlib import Path
 from cluster.kv.disk import DiskTier
 from cluster.kv.host_config import HostConfig
 from cluster.kv.peers import NoPeers, PageCopy, Peers
-from cluster.kv.segment import BLOCK, FILE_PREFIX, Segment, SegmentError, remove_dead, round_up, segment_bytes
+from cluster.kv.segment import FILE_PREFIX, Segment, SegmentError, remove_dead, round_up, segment_bytes
 from cluster.kv.session import ClientSession, ProtocolError
 from cluster.kv.slots import SlotError
 from cluster.kv.stats import HostCounters, HostStats
 from cluster.kv.store import CLOSE_PATIENCE_S, Store
+from cluster.kv.tags import TAG_BYTES
 from cluster.kv.wire import (
     PREFIX_BYTES,
     VERSION,
@@ -229,9 +230,11 @@ class KVServer:
         room = free - free // ROOM_FOR_OTHERS
         if room < left:
             logger.warning("%s has room for %d bytes, not the %d to be used", self._config.segments, room, left)
-        fixed = segment_bytes(1, page_bytes, num_disk) - round_up(page_bytes)
-        # The tags are rounded up to whole blocks.
-        num_slots = (min(left, room) - fixed - BLOCK) // (round_up(page_bytes) + 8)
+        fixed = segment_bytes(0, page_bytes, num_disk)
+        # The tags, two places for each slot, are rounded up to whole blocks.
+        num_slots = (min(left, room) - fixed) // (round_up(page_bytes) + 2 * TAG_BYTES)
+        while num_slots > 0 and segment_bytes(num_slots, page_bytes, num_disk) > min(left, room):
+            num_slots -= 1
         if num_slots < MIN_SLOTS:
             raise HostError(
                 f"{max(0, min(left, room))} of {self._config.memory_bytes} bytes are left, "

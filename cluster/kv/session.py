@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.kv.slots import Page
 from cluster.kv.store import Store, places
-from cluster.kv.wire import Commit, Corrupt, Fetch, Find, Found, Grant, Message, Ready, Release
+from cluster.kv.wire import Commit, Committed, Corrupt, Fetch, Find, Found, Grant, Message, Ready, Release
 
 MAX_TICKETS = 65_536
 """Questions of one client that it has not released."""
@@ -49,7 +49,7 @@ class ClientSession:
         """Does what a message asks for. Raises ProtocolError or SlotError, which end the connection."""
         match message:
             case Commit(entries):
-                self.store.commit(self, entries)
+                self._send(Committed(self.store.commit(self, entries)))
             case Find(ticket, keys):
                 self._find(ticket, keys)
             case Fetch(ticket, count):

@@ -6,7 +6,7 @@ Accounting only: no bytes, no sockets, no clock.
 import heapq
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 Owner = Hashable
@@ -80,6 +80,22 @@ class SlotTable:
 
     def get(self, key: bytes) -> Page | None:
         return self._pages.get(key)
+
+    def has_followers(self, key: bytes) -> bool:
+        """Whether pages that are here follow this one, wherever that is."""
+        return key in self._followers
+
+    def in_order(self, first: Iterable[bytes]) -> list[Page]:
+        """All pages that can be found, each after the one that it follows: `first`, then those used last."""
+        ordered: dict[bytes, Page] = {}
+        latest = sorted(self._pages.values(), key=lambda page: page.used, reverse=True)
+        for key in (*first, *(page.key for page in latest)):
+            chain: dict[bytes, Page] = {}
+            while (page := self._pages.get(key)) is not None and key not in ordered and key not in chain:
+                chain[key] = page
+                key = page.parent
+            ordered |= reversed(chain.items())
+        return list(ordered.values())
 
     def grant(self, owner: Owner, count: int) -> tuple[list[int], list[Page]]:
         """Up to `count` slots that the owner may write to from now on, and the pages that had to go for them."""

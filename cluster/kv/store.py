@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from cluster.kv.checksum import crc32c
 from cluster.kv.peers import PageCopy, Peers
-from cluster.kv.segment import Segment, tag_of
+from cluster.kv.segment import Segment
 from cluster.kv.slots import Owner, Page, SlotError, SlotTable
 from cluster.kv.stats import HostCounters
+from cluster.kv.tags import hide, show
 from cluster.kv.wire import ELSEWHERE, ON_DISK, Entry
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,9 @@ READ_PATIENCE_S = 2.0
 """How long a piece may take to be read from disk before whoever waits for it is told that it is not there. Well within
 what a client waits for an answer."""
 CLOSE_PATIENCE_S = 1.5
-"""For what is under way when a store closes."""
+"""For what is under way when a store closes, and for pages to be written then."""
+LAST_WRITE_S = 1.0
+"""When a store closes, no further piece is begun after so long: there is to be time to end the last one."""
 
 
 class Disk(Protocol):
@@ -53,8 +56,17 @@ class Disk(Protocol):
         """Whether pages can be read now."""
         ...
 
+    @property
+    def capacity(self) -> int:
+        """Pages that there is room for."""
+        ...
+
     def __contains__(self, key: bytes) -> bool:
         """Whether the page is on disk, readable or not."""
+        ...
+
+    def has_followers(self, key: bytes) -> bool:
+        """Whether pages on disk follow this one, which may not be there."""
         ...
 
     async def write(self, pages: Sequence[tuple[Page, View]]) -> None:
@@ -122,17 +134,20 @@ class Store:
                 self._reminder = asyncio.get_running_loop().call_later(DISK_PATIENCE_S, self._remind)
         return await self._take(client, count)
 
-    def commit(self, owner: Owner, entries: Iterable[Entry]) -> None:
+    def commit(self, owner: Owner, entries: Iterable[Entry]) -> list[bytes]:
         """The owner has written these pages. Raises SlotError.
 
-        A page whose predecessor is not here could not be found: its slot is free again.
+        A page whose predecessor is not here could not be found: its slot is free again. Returns the keys of those.
         """
+        dropped = []
         for entry in entries:
             if entry.parent and self.table.get(entry.parent) is None and not self._on_disk(entry.parent):
                 self.table.give_back(owner, entry.slot)
+                dropped.append(entry.key)
             elif self.table.commit(owner, entry.slot, entry.key, entry.parent, entry.crc) is not None:
-                self.segment.tags[entry.slot] = tag_of(entry.key)
+                show(self.segment.tags, entry.key)
         self._keep_ahead()
+        return dropped
 
     def find(self, owner: Owner, ticket: int, keys: Sequence[bytes]) -> list[Page | None]:
         """The longest run of these keys on this node: pages in memory, pinned under the ticket; None if on disk."""
@@ -187,10 +202,11 @@ class Store:
         return copies
 
     async def close(self) -> None:
-        """Removes the segment, and waits for what is under way, unless that hangs.
+        """Removes the segment, waits for what is under way, unless that hangs, and writes to disk what it can.
 
-        Pages in memory are gone, those on disk stay.
+        Pages that are in memory alone are gone, those on disk stay.
         """
+        began = time.monotonic()
         # At once: nobody is to open it any more, and what comes next may be cut short.
         self.segment.unlink()
         if self._reminder is not None:
@@ -199,6 +215,7 @@ class Store:
             async with asyncio.timeout(CLOSE_PATIENCE_S):
                 while self._tasks:
                     await asyncio.wait(self._tasks)
+                await self._write_all(until=began + LAST_WRITE_S)
         for task in list(self._tasks):
             task.cancel()
         if self.disk is not None:
@@ -366,6 +383,20 @@ class Store:
             if not self.disk.writable:  # Nobody waits for it any more.
                 self.on_free()
 
+    async def _write_all(self, until: float) -> None:
+        """Writes pages to disk for as long as there is time.
+
+        First those that others on disk follow: ends go there first, and nobody finds one without its beginning.
+        """
+        if (disk := self.disk) is None:
+            return
+        followed = [page.key for page in self.table.pages() if page.key not in disk and disk.has_followers(page.key)]
+        pages = [page for page in self.table.in_order(followed) if page.key not in disk][: disk.capacity]
+        for begin in range(0, len(pages), self.piece):
+            if not disk.writable or time.monotonic() >= until:
+                break
+            await disk.write([(page, self.segment.slot(page.slot)) for page in pages[begin : begin + self.piece]])
+
     def _on_disk(self, key: bytes) -> bool:
         return self.disk is not None and key in self.disk
 
@@ -374,7 +405,7 @@ class Store:
 
     def _forget(self, gone: Iterable[Page]) -> None:
         for page in gone:
-            self.segment.tags[page.slot] = 0
+            hide(self.segment.tags, page.key)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         task = asyncio.get_running_loop().create_task(work)

@@ -14,7 +14,7 @@ import msgpack
 
 from engine.kv.keys import KEY_BYTES
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 8 * 2**20
 """Bytes of a body. About 200,000 keys fit, which is more than the pages of any one sequence."""
 ON_DISK = -1
@@ -62,6 +62,14 @@ class Commit:
     """Client: pages that were written completely into slots granted to it. The slots are the host's again."""
 
     entries: list[Entry]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Host: the answer to each Commit, in order."""
+
+    dropped: list[bytes]
+    """Keys of its pages that were not kept: the page before each is not here, so that nobody would find it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +150,7 @@ class Ready:
     crcs: list[int]
 
 
-Message = Hello | Commit | Find | Fetch | Release | Corrupt | Welcome | Refused | Grant | Found | Ready
+Message = Hello | Commit | Find | Fetch | Release | Corrupt | Welcome | Refused | Grant | Found | Ready | Committed
 
 _Check = Callable[[Any], Any]
 """Returns the value as the message holds it. Raises WireError."""
@@ -203,6 +211,7 @@ _KINDS: tuple[tuple[type, tuple[_Check, ...]], ...] = (
     (Grant, (_list_of(_slot),)),
     (Found, (_number, _list_of(_place), _list_of(_crc))),
     (Ready, (_number, _number, _list_of(_slot), _list_of(_crc))),
+    (Committed, (_list_of(_key),)),
 )
 """By kind, which is the place in this table and never changes: the message, and the checks of its fields."""
 _KIND_OF = {message: kind for kind, (message, _) in enumerate(_KINDS)}

@@ -96,6 +96,9 @@ class GroupTier:
         self._loading[load.ticket] = _Loading(load, set(range(len(self._sockets))), len(load.keys))
         self._tell(Fetch(load.ticket, tuple(load.keys), tuple(load.pages), recompute))
 
+    def give_up(self, ticket: int) -> None:
+        """Nothing: it ends when the last rank has answered, and each of those ends by itself."""
+
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
         self._receive(0.0)
         if not self._answers and timeout_s:

@@ -72,6 +72,10 @@ class PagePool:
             else:
                 self._empty.append(page)
 
+    def num_holders(self, page: int) -> int:
+        """How many references there are to a page."""
+        return self._counts[page]
+
     def check_integrity(self, holders: Iterable[Iterable[int]]) -> None:
         """Asserts that the counts are exactly the references that `holders` have. For tests and idle moments."""
         counts = [0] * self.num_pages

@@ -39,6 +39,7 @@ class Saved:
 
     page: int
     stored: bool
+    """Whether it can be found in the tier, as long as the pages before it can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class TierStats:
     pages_saved: int = 0
     pages_loaded: int = 0
     pages_refused: int = 0
-    """Offered, and not taken: the budget or the memory was used up, or there was no host."""
+    """Offered, and not kept: the budget or the memory was used up, there was no host, or it lacked the page before."""
     pages_corrupt: int = 0
     """Came with a wrong checksum, and were not used."""
     failures: int = 0
@@ -105,6 +106,10 @@ class Tier(Protocol):
 
     def load(self, load: Load) -> None:
         """Begins to bring pages back, if that should be faster than to compute them; answered by a `Loaded`."""
+
+    def give_up(self, ticket: int) -> None:
+        """A load that has not been answered is not waited for any more: it may end with the pages that it has brought.
+        It is answered all the same."""
 
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
         """What was finished since the last call; waits up to `timeout_s` for the first."""

@@ -32,6 +32,8 @@ class FakeTier:
         self.loads: list[tuple[Load, int]] = []
         self.looked: list[bytes] = []
         """What was asked for by `may_have`."""
+        self.given_up: list[int] = []
+        """Tickets of loads that were not waited for any more: they end at the next poll."""
         self._delay, self._choose, self._takes = delay, choose, takes
         self._max_saving = max_saving
         self._is_local = is_local
@@ -52,6 +54,14 @@ class FakeTier:
         """Another one takes its place."""
         self._hosts += 1
         self._host = self._hosts
+
+    def slow_down(self, delay: int) -> None:
+        """Every answer to what is asked from now on takes so many polls."""
+        self._delay = lambda: delay
+
+    def take(self, max_saving: int) -> None:
+        """So many pages at a time, from now on."""
+        self._max_saving = max_saving
 
     def hurry(self) -> None:
         """Answers everything at the next poll, from now on."""
@@ -77,6 +87,13 @@ class FakeTier:
     def load(self, load: Load) -> None:
         self._pending.append(_Job(self._delay(), load, self._host, []))
 
+    def give_up(self, ticket: int) -> None:
+        self.given_up.append(ticket)
+        self._pending = [
+            job._replace(left=0) if isinstance(job.asked, Load) and job.asked.ticket == ticket else job
+            for job in self._pending
+        ]
+
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
         self.polls_that_waited += timeout_s > 0
         due = [job for job in self._pending if job.left <= 0]
@@ -97,9 +114,9 @@ class FakeTier:
         if isinstance(job.asked, Save):
             save = job.asked
             assert self._runner.page(save.page) == job.tokens, "a page was written to while it was copied"
-            stored = self._takes()
-            # As the real one: a page that nobody could find is dropped, and nobody is told.
-            if stored and is_there and (not save.parent or save.parent in self.contents):
+            # As the real one: a page that nobody could find is dropped.
+            stored = self._takes() and is_there and (not save.parent or save.parent in self.contents)
+            if stored:
                 self.contents[save.key] = job.tokens
             return Saved(save.page, stored)
         load = job.asked

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.kv.tier import Loaded
+from engine.offload import Score
 from tests.engine.fake_tier import Contents, FakeTier, at_random
 from tests.engine.fakes import run_to_end
 from tests.engine.rig import Rig, expected, request
@@ -66,6 +68,20 @@ def test_a_preempted_sequence_comes_back_without_computing_what_was_saved() -> N
     assert computed[True] <= needed + 2 * rig.engine.stats().preemptions_total, "a page that was not full, each time"
 
 
+def test_what_a_preempted_sequence_has_just_computed_is_copied_before_others_take_its_pages() -> None:
+    rig = Rig(num_pages=18, page_tokens=2, max_batch_tokens=100, tier=FakeTier(max_saving=16))
+    for name in "ab":
+        rig.engine.add(request(name, [80, 81, 82], max_tokens=3, salt=name))
+    rig.step()
+    rig.engine.add(request("late", list(range(24)), priority=2, max_tokens=3))
+    rig.step()
+    rig.engine.add(request("first", list(range(40, 50)), priority=1, max_tokens=1))
+    streams = run_to_end(rig.engine, rig.streams)
+    assert rig.engine.stats().preemptions_total == 1
+    assert streams.tokens["late", 0] == expected(list(range(24)), 3)
+    assert sum(batch.num_tokens for batch in rig.runner.batches) <= 2 * (3 + 2) + (24 + 2) + 10 + 2
+
+
 def test_a_late_load_delays_only_its_own_sequence() -> None:
     contents: Contents = {}
     rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
@@ -83,6 +99,51 @@ def test_a_late_load_delays_only_its_own_sequence() -> None:
     assert late.tier is not None and late.tier.polls_that_waited > 0, "an engine with nothing else to do sleeps"
 
 
+def tight(tier: FakeTier) -> Rig:
+    """An engine in whose pool a sequence that decodes has no page left to grow into, as a later one that loads has the
+    rest; what that one loads was computed here before."""
+    rig = Rig(num_pages=14, page_tokens=2, max_batch_tokens=100, tier=tier)
+    rig.engine.add(request("loads", list(range(18)), max_tokens=1, salt="s"))
+    run_to_end(rig.engine, rig.streams)
+    rig.engine.add(request("other", list(range(30, 57)), max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    tier.slow_down(1_000)
+    rig.engine.add(request("decodes", [80, 81], max_tokens=9))
+    rig.engine.add(request("loads later", list(range(19)), max_tokens=3, salt="s"))
+    return rig
+
+
+def test_a_late_load_gives_its_pages_up_to_an_earlier_sequence_that_needs_them() -> None:
+    tier = FakeTier()
+    rig = tight(tier)
+    steps = 0
+    while ("decodes", 0) not in rig.streams.finished:
+        rig.step()
+        steps += 1
+    assert tier.given_up, "the pool was tight"
+    assert rig.streams.tokens["decodes", 0] == expected([80, 81], 9)
+    assert steps <= 12, "it waits for no answer of the tier but that one"
+    decoded = [batch for batch in rig.runner.batches if 80 in batch.token_ids.tolist()]
+    assert len(decoded) == 1, "what it had computed is not computed again"
+    tier.hurry()
+    streams = run_to_end(rig.engine, rig.streams)
+    assert streams.tokens["loads later", 0] == expected(list(range(19)), 3)
+    rig.check_nothing_left()
+
+
+def test_a_sequence_keeps_its_pages_while_others_that_are_copied_will_be_free() -> None:
+    tier = FakeTier(max_saving=16)
+    rig = Rig(num_pages=14, page_tokens=2, max_batch_tokens=100, tier=tier)
+    tier.slow_down(5)
+    rig.engine.add(request("over", list(range(22)), max_tokens=1))
+    rig.step()
+    rig.engine.add(request("x", [80, 81], max_tokens=12))
+    streams = run_to_end(rig.engine, rig.streams)
+    assert streams.tokens["x", 0] == expected([80, 81], 12)
+    assert tier.polls_that_waited > 0, "the pool was tight"
+    assert rig.engine.stats().preemptions_total == 0
+
+
 def test_an_aborted_load_gives_its_pages_back_when_it_is_over() -> None:
     contents: Contents = {}
     rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=FakeTier(contents))
@@ -93,6 +154,7 @@ def test_an_aborted_load_gives_its_pages_back_when_it_is_over() -> None:
     late.step()
     late.engine.abort("x")
     assert late.pool.num_free < 100, "the tier may still write to them"
+    assert late.tier is not None and len(late.tier.given_up) == 1
     run_to_end(late.engine, late.streams)
     late.check_nothing_left()
 
@@ -112,6 +174,12 @@ def test_loads_are_scored_against_what_was_predicted() -> None:
     rig.engine.add(request("b", list(range(18)), max_tokens=1, salt="b"))
     run_to_end(rig.engine, rig.streams)
     assert (score.actual, score.predicted, score.saved, score.regretted) == (2.0, 1.0, 3.0, 0.0)
+
+
+def test_a_load_that_brings_nothing_is_regretted_for_as_long_as_it_took() -> None:
+    score = Score()
+    score.add(Loaded(1, 0, seconds=5.0, predicted_seconds=0.5))
+    assert (score.actual, score.predicted, score.saved, score.regretted) == (5.0, 0.5, 0.0, 5.0)
 
 
 def test_copying_holds_a_small_part_of_the_pool_and_goes_on_in_order() -> None:
@@ -205,6 +273,39 @@ def test_a_page_that_is_refused_once_does_not_hide_those_after_it_for_ever(refus
     rig.engine.add(request("x", prompt, max_tokens=40))
     answer = run_to_end(rig.engine, rig.streams).tokens["x", 0]
     assert all_there(tier.contents, [*prompt, *answer])
+
+
+def test_a_page_that_the_tier_has_lost_meanwhile_is_offered_again_with_those_after_it() -> None:
+    tier = FakeTier()
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    prompt = list(range(18))
+    rig.engine.add(request("x", prompt, max_tokens=40))
+    for _ in range(9):
+        rig.step()
+    tier.contents.popitem()
+    answer = run_to_end(rig.engine, rig.streams).tokens["x", 0]
+    assert all_there(tier.contents, [*prompt, *answer])
+
+
+def test_a_tier_too_small_for_a_sequence_is_not_offered_its_end_for_ever() -> None:
+    contents: Contents = {}
+    tier = FakeTier(contents, takes=lambda: len(contents) < 4)
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    rig.engine.add(request("x", list(range(18)), max_tokens=200))
+    run_to_end(rig.engine, rig.streams)
+    assert len(tier.offered) < 2 * (18 + 199) // 4, "each once, and all of them once more"
+
+
+def test_pages_that_no_tier_takes_keep_nobody_awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.offload.STARVED_S", 0.05)
+    tier = FakeTier(max_saving=0)
+    rig = Rig(num_pages=100, page_tokens=4, max_batch_tokens=100, tier=tier)
+    rig.engine.add(request("x", list(range(18)), max_tokens=1))
+    run_to_end(rig.engine, rig.streams, max_steps=1_000_000)
+    tier.take(16)
+    rig.engine.add(request("y", list(range(18)), max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    assert len(tier.contents) == 4, "they wait all the same"
 
 
 def test_pages_that_came_from_the_host_are_not_offered_to_it_but_to_the_next() -> None:

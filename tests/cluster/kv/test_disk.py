@@ -15,6 +15,7 @@ from cluster.kv.disk import DiskTier, LayoutDisk, file_bytes
 from cluster.kv.page_file import HEADER_BYTES, PageFileError, PageHeader, file_name, open_new, read_page, write_page
 from cluster.kv.slots import Page
 from cluster.kv.stats import HostCounters
+from cluster.kv.tags import new_table
 from tests.cluster.kv.talk import LAYOUT, PAGE_BYTES, chain, content_of, key_of
 
 pytestmark = pytest.mark.anyio
@@ -72,7 +73,7 @@ async def test_pages_survive_a_restart(tmp_path: Path) -> None:
     assert all(await read(disk, *chain("a", 4)))
     assert (tier.num_pages, tier.num_bytes) == (4, 4 * file_bytes(PAGE_BYTES))
     assert not (await read(disk, "unknown"))[0]
-    tags = np.zeros(disk.table.num_slots, dtype=np.uint64)
+    tags = new_table(disk.table.num_slots)
     disk.show_tags(tags)
     assert sorted(tags[tags > 0]) == sorted(int.from_bytes(key_of(name)[:8], "little") for name in chain("a", 4))
 
@@ -87,7 +88,7 @@ async def test_files_are_private(tmp_path: Path) -> None:
 
 async def test_the_budget_is_kept_and_leaves_go_first(tmp_path: Path) -> None:
     tier, disk = await opened(tmp_path, pages=6)
-    tags = np.zeros(6, dtype=np.uint64)
+    tags = new_table(6)
     disk.show_tags(tags)
     await write(disk, *chain("a", 3), *chain("b", 3))
     assert all(await read(disk, *chain("b", 3)))

@@ -64,6 +64,19 @@ def test_no_more_pages_end_the_load_where_it_is() -> None:
     assert (loaded.num_pages, loaded.seconds, loaded.recompute_seconds) == (1, 2.0, 1.0)
 
 
+def test_pages_that_did_not_come_tell_nothing_of_what_a_fetch_costs() -> None:
+    costs, before = LoadCosts(PAGE_BYTES), LoadCosts(PAGE_BYTES).page_seconds(ON_DISK)
+    refused, damaged = running(200), running(200)
+    for load in (refused, damaged):
+        load.decide([ON_DISK] * 200, costs, choose_load, now=10.0)
+    refused.arrived(0, 0, now=10.001)
+    refused.end(costs, now=10.001)
+    damaged.copied = 1
+    damaged.cut_short()
+    damaged.end(costs, now=10.001)
+    assert costs.page_seconds(ON_DISK) == before
+
+
 def test_what_a_fetch_took_tells_what_the_next_will_cost() -> None:
     costs, before = LoadCosts(PAGE_BYTES), LoadCosts(PAGE_BYTES).page_seconds(ON_DISK)
     load = running(2)

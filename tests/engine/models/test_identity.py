@@ -1,16 +1,22 @@
 """When two model directories are the same model."""
 
-from itertools import pairwise
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from engine.errors import ModelError
-from engine.models.identity import LEAST_PIECES, PIECE_BYTES, STRIDE_BYTES, model_identity, pieces
+from engine.models import identity
+from engine.models.identity import PIECE_BYTES, SETTLED_S, model_identity
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MANTA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "checksums"
 
 
 def write(folder: Path, weights: bytes, config: str = "{}") -> Path:
@@ -46,16 +52,16 @@ def test_other_weights_other_settings_and_other_lengths_are_other_models(tmp_pat
     assert len({model_identity(folder) for folder in models}) == len(models)
 
 
-def test_a_model_of_which_one_tensor_was_trained_is_another_model(tmp_path: Path) -> None:
+def test_a_revision_of_a_few_rows_is_another_model(tmp_path: Path) -> None:
     """As is one whose tensor is another part of a merged one."""
-    tensors = {f"layers.{index}.qkv.weight": np.zeros((3, 30_000), np.int8) for index in range(40)}
-    found = {write_tensors(tmp_path / "m", tensors)}
-    for weight in tensors.values():
-        for part in range(3):
-            weight[part] = 1
-            found.add(write_tensors(tmp_path / "m", tensors))
-            weight[part] = 0
-    assert len(found) == 1 + 3 * len(tensors)
+    embeddings = np.zeros((1500, 8192), np.int8)
+    found = {write_tensors(tmp_path / "m", {"embeddings": embeddings})}
+    rows = [0, 1, 333, 511, 512, 767, 1024, 1499]
+    for row in rows:
+        embeddings[row, row] = 1
+        found.add(write_tensors(tmp_path / "m", {"embeddings": embeddings}))
+        embeddings[row, row] = 0
+    assert len(found) == 1 + len(rows)
 
 
 def test_the_same_values_under_other_names_are_another_model(tmp_path: Path) -> None:
@@ -64,32 +70,72 @@ def test_the_same_values_under_other_names_are_another_model(tmp_path: Path) -> 
     assert len(found) == 2
 
 
-@pytest.mark.parametrize(
-    "header", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x02\0\0\0\0\0\0\0{]", b'\x07\0\0\0\0\0\0\0{"a":1}']
-)
-def test_a_file_that_is_no_safetensors_has_an_identity_too(tmp_path: Path, header: bytes) -> None:
+def test_pieces_that_changed_places_are_another_model(tmp_path: Path) -> None:
+    one, other = b"a" * PIECE_BYTES, b"b" * PIECE_BYTES
+    assert model_identity(write(tmp_path / "x", one + other)) != model_identity(write(tmp_path / "y", other + one))
+
+
+@pytest.mark.parametrize("weights", [b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_file_that_is_no_safetensors_has_an_identity_too(tmp_path: Path, weights: bytes) -> None:
     """A stray file of that name is no reason not to start: the loader says what is wrong with those it needs."""
-    folders = [write(tmp_path / name, header + name.encode() * 50) for name in "ab"]
+    folders = [write(tmp_path / name, weights + name.encode() * 50) for name in "ab"]
     assert len({model_identity(folder) for folder in folders}) == 2
-
-
-@pytest.mark.parametrize("offsets", ["[0]", '["a", "b"]', "[4, 2]", "[-9, 2]", "[0, 10000]", "7"])
-def test_offsets_that_make_no_sense_are_not_followed(tmp_path: Path, offsets: str) -> None:
-    header = f'{{"a": {{"data_offsets": {offsets}}}}}'.encode()
-    model_identity(write(tmp_path / "a", len(header).to_bytes(8, "little") + header + b"w" * 50))
-
-
-@given(begin=st.integers(0, 10**12), length=st.integers(0, 10**10))
-def test_a_tensor_is_read_from_its_first_byte_to_its_last_and_nowhere_else(begin: int, length: int) -> None:
-    end = begin + length
-    spans = pieces(begin, end)
-    assert spans[0][0] == begin and spans[-1][1] == end
-    assert all(first[0] <= second[0] for first, second in pairwise(spans))
-    gaps = [second[0] - first[1] for first, second in pairwise(spans)]
-    assert max(gaps, default=0) <= max(2 * STRIDE_BYTES, length / (LEAST_PIECES - 1))
-    assert sum(end - begin for begin, end in spans) <= LEAST_PIECES * PIECE_BYTES + length / STRIDE_BYTES * PIECE_BYTES
 
 
 def test_a_folder_that_is_not_there_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nothing"):
         model_identity(tmp_path / "nothing")
+
+
+class TestCache:
+    @pytest.fixture
+    def read(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """The files of weights that were read."""
+        read: list[Path] = []
+        checksum = identity.checksum
+        monkeypatch.setattr(identity, "checksum", lambda path: read.append(path) or checksum(path))
+        return read
+
+    @pytest.fixture
+    def model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A model that has not changed for long, as far as anybody can tell."""
+        made = write(tmp_path / "m", b"w" * 5000)
+        now = time.time()
+        monkeypatch.setattr("time.time", lambda: now + 2 * SETTLED_S)
+        return made
+
+    def test_weights_that_did_not_change_are_read_once(self, model: Path, read: list[Path]) -> None:
+        assert len({model_identity(model) for _ in range(3)}) == 1
+        assert len(read) == 1
+
+    def test_weights_that_were_written_to_are_read_again_whatever_time_they_claim(
+        self, model: Path, read: list[Path]
+    ) -> None:
+        path = model / "model.safetensors"
+        before, status = model_identity(model), path.stat()
+        time.sleep(0.02)  # more than a tick of the file system's clock
+        with path.open("r+b") as file:
+            file.write(b"x")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert model_identity(model) != before
+        assert len(read) == 2
+
+    def test_weights_that_have_just_changed_are_not_trusted(self, tmp_path: Path, read: list[Path]) -> None:
+        model = write(tmp_path / "m", b"w" * 5000)
+        assert model_identity(model) == model_identity(model)
+        assert len(read) == 2
+
+    def test_what_was_damaged_in_the_cache_is_not_used(self, model: Path, read: list[Path], cache: Path) -> None:
+        before = model_identity(model)
+        (kept,) = cache.iterdir()
+        content = bytearray(kept.read_bytes())
+        content[3] ^= 1
+        kept.write_bytes(content)
+        assert model_identity(model) == before
+        kept.write_bytes(b"")
+        assert model_identity(model) == before
+        assert len(read) == 3
+
+    def test_without_a_cache_a_model_has_an_identity_too(self, model: Path, cache: Path) -> None:
+        before = model_identity(model)
+        assert model_identity(model, cache=model / "config.json") == before
