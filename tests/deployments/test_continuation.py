@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments import continuation, trials
@@ -77,7 +77,6 @@ def wanted(request: Request) -> list[list[int]]:
     return [[token_at(request, sample, index) for index in range(count)] for sample in range(request.params.n)]
 
 
-@settings(deadline=None)
 @given(
     n=st.integers(1, 4),
     max_tokens=st.integers(1, 8),

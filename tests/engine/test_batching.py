@@ -76,7 +76,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     arrivals=arrivals,
     num_pages=st.integers(13, 60),

@@ -12,7 +12,7 @@ from tests.engine.fakes import VOCAB, run_to_end
 from tests.engine.rig import Rig, expected, request
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n=st.integers(1, 3),
     length=st.integers(1, 20),

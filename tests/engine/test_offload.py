@@ -354,7 +354,7 @@ def test_pages_of_another_node_are_asked_for_where_that_is_worth_it() -> None:
     assert not tier.loads, "there is nobody to ask"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32), depth=st.integers(1, 3), pages=st.integers(10, 40))
 def test_no_disturbance_of_the_tier_changes_a_token(seed: int, depth: int, pages: int) -> None:
     chance = random.Random(seed)

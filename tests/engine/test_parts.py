@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.batch import Batch
@@ -88,7 +88,6 @@ def test_what_is_quick_is_not_cut_short() -> None:
     assert pace.least_tokens() == pytest.approx(400, abs=1)
 
 
-@settings(deadline=None)
 @given(
     prompts=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     depth=st.integers(1, 5),

@@ -1,7 +1,7 @@
 """Admission and victims, called with numbers."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.policy import (
@@ -59,7 +59,6 @@ def test_a_chunk_is_what_the_budget_leaves() -> None:
     assert (chunk_tokens(100, 30), chunk_tokens(10, 30)) == (30, 10)
 
 
-@settings(deadline=None)
 @given(
     most=st.integers(1, 10_000),
     token_seconds=st.floats(0.0, 1.0, allow_nan=False),
@@ -75,14 +74,12 @@ def test_prompts_beside_decodes_take_no_longer_than_allowed_where_short_chunks_c
     assert longer > most or longer * token_seconds > max_stall_s, "no shorter than it must be"
 
 
-@settings(deadline=None)
 @given(num_decoding=st.integers(0, 500), depth=st.integers(1, 8))
 def test_decodes_make_as_many_batches_as_are_in_flight_and_they_differ_by_little(num_decoding: int, depth: int) -> None:
     share = batch_share(num_decoding, depth)
     assert share * depth >= num_decoding > (share - 1) * depth
 
 
-@settings(deadline=None)
 @given(prompts=st.lists(st.integers(1, 5000), max_size=20), depth=st.integers(1, 8), budget=st.integers(0, 4096))
 def test_prompts_are_shared_among_the_batches_in_flight(prompts: list[int], depth: int, budget: int) -> None:
     share = prompt_share(prompts, depth, budget)
@@ -90,7 +87,6 @@ def test_prompts_are_shared_among_the_batches_in_flight(prompts: list[int], dept
     assert share == budget or share * min(depth, max(1, len(prompts))) >= min(sum(prompts), budget * depth)
 
 
-@settings(deadline=None)
 @given(
     prompts=st.lists(st.integers(2, 500), max_size=20),
     batches=st.integers(1, 20),

@@ -104,7 +104,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
 
 
 class TestAgainstOracle:
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=250)
     @given(batches())
     def test_every_token_is_the_oracles(self, batch: tuple[Tensor, list[SampleRow]]) -> None:
         logits, rows = batch
@@ -154,7 +154,7 @@ class TestAgainstOracle:
 
 
 class TestBatchIndependence:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(batches(), st.randoms(use_true_random=False))
     def test_rows_draw_the_same_alone_and_in_any_order(
         self, batch: tuple[Tensor, list[SampleRow]], random: Any
@@ -306,7 +306,7 @@ class SortingReductions:
 
 
 class TestReductions:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(batches())
     def test_any_implementation_draws_the_same(self, batch: tuple[Tensor, list[SampleRow]]) -> None:
         logits, rows = batch

@@ -24,7 +24,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     arrivals=arrivals,
     num_pages=st.integers(13, 40),
@@ -76,7 +76,7 @@ def test_every_request_finishes_with_its_own_tokens_and_no_page_leaks(
     rig.check_nothing_left()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     arrivals=arrivals,
     num_pages=st.integers(13, 30),
@@ -100,7 +100,7 @@ def test_nobody_is_overtaken_within_a_priority(
     rig.check_nothing_left()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     prompts=st.lists(st.integers(1, 25), min_size=2, max_size=8),
     max_batch_tokens=st.integers(2, 32),
@@ -257,7 +257,7 @@ def test_a_row_that_fails_does_not_disturb_its_neighbours() -> None:
     rig.check_nothing_left()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(1, 30), budget=st.integers(1, 16), num_pages=st.integers(9, 20))
 def test_prompt_logprobs_come_once_per_token_whatever_the_chunks(length: int, budget: int, num_pages: int) -> None:
     rig = Rig(num_pages=num_pages, page_tokens=4, max_sequences=1, max_batch_tokens=budget)

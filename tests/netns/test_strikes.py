@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.compiled import compiled_library
 from tests.netns.isolation import ROOT
 
 NOTICED_S = 2.0
@@ -18,6 +19,7 @@ STRIKES = "rank-cut", "replica-killed"
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    compiled_library()
     found = tmp_path_factory.mktemp("netns") / "reports.json"
     options = ["--layouts", "pipeline", "--strikes", ",".join(STRIKES), "--max-tokens", "200", "--json", str(found)]
     ran = subprocess.run(

@@ -237,4 +237,4 @@ class Use(RuleBasedStateMachine):
 
 
 TestUse = Use.TestCase
-TestUse.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestUse.settings = settings(max_examples=60, stateful_step_count=50)

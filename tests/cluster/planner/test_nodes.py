@@ -1,7 +1,7 @@
 """Nodes as people write them, and the places that stages find on them."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.planner.nodes import Node, describe, parse_nodes, slots
@@ -51,7 +51,6 @@ def test_alike_nodes_are_described_together() -> None:
 NODES = st.lists(st.builds(Node, st.uuids().map(str), st.integers(1, 8), st.integers(1, 100)), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(NODES, st.integers(1, 12))
 def test_stages_stay_inside_nodes_unless_none_is_large_enough(nodes: list[Node], size: int) -> None:
     found = slots(nodes, size)

@@ -316,7 +316,7 @@ def all_plans(given: Problem) -> tuple[Plan, ...]:
     return take_stock(given, given.wishes.context or 256).plans
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_no_rank_ever_holds_more_than_its_accelerator(given: Problem) -> None:
     memory = {node.name: node.memory for node in given.nodes}
@@ -328,7 +328,7 @@ def test_no_rank_ever_holds_more_than_its_accelerator(given: Problem) -> None:
         assert found.replicas * found.layout.ranks <= given.num_accelerators
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_every_layer_is_on_one_stage_and_every_byte_on_some_rank(given: Problem) -> None:
     whole = sum(
@@ -346,7 +346,7 @@ def test_every_layer_is_on_one_stage_and_every_byte_on_some_rank(given: Problem)
             assert held == whole
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 30), st.data())
 def test_more_memory_never_means_fewer_sequences(given: Problem, more: int, data: st.DataObject) -> None:
     plans = all_plans(given)
@@ -367,7 +367,7 @@ def test_more_memory_never_means_fewer_sequences(given: Problem, more: int, data
     assert large.sequences >= small.sequences
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.data())
 def test_degrees_that_fit_are_obeyed(given: Problem, data: st.DataObject) -> None:
     plans = all_plans(given)
@@ -380,7 +380,7 @@ def test_degrees_that_fit_are_obeyed(given: Problem, data: st.DataObject) -> Non
     assert {name: getattr(found.layout, name) for name in names} == wished
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), st.sampled_from([None, 1, 2, 3, 5]), st.sampled_from([None, 1, 2, 7]))
 def test_there_is_a_plan_or_a_reason(given: Problem, tensor: int | None, pipeline: int | None) -> None:
     asked = replace(given, wishes=replace(given.wishes, tensor=tensor, pipeline=pipeline))

@@ -3,7 +3,7 @@
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.planner.stages import Layer, NoRoom, Room, split
@@ -20,7 +20,6 @@ def pages_of(counts: tuple[int, ...], rooms: list[Room], layer: Layer) -> int:
     )
 
 
-@settings(deadline=None)
 @given(ROOMS, LAYERS, st.integers(1, 10), st.integers(1, 4), st.integers(0, 8))
 def test_no_split_has_more_pages_and_none_with_as_many_is_faster(
     rooms: list[Room], layer: Layer, layers: int, fewest: int, more: int

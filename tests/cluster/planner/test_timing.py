@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.planner.form import Form
@@ -36,7 +36,6 @@ def stages(layers: int, count: int) -> list[StageShape]:
     return [StageShape(each, first=i == 0, last=i == count - 1, crosses=False, next_is_near=True) for i in range(count)]
 
 
-@settings(deadline=None)
 @given(st.floats(1, 1e9), st.integers(2, 64))
 def test_a_sum_takes_both_halves_of_a_ring(num_bytes: float, ranks: int) -> None:
     link = Link(100e9, 0.0)

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import ParallelConfig
@@ -21,7 +21,6 @@ from tests.cluster.planner import models
 FACTS = RankFacts(100, 16, 16 * 512, 10**6, 2048, 1000, (2,), b"x")
 
 
-@settings(deadline=None)
 @given(tensor=st.integers(1, 4), stages=st.integers(1, 8), more=st.integers(0, 30), vocabulary=st.integers(1, 300_000))
 def test_every_layer_is_in_one_stage_and_no_cut_has_a_faster_slowest_one(
     tensor: int, stages: int, more: int, vocabulary: int

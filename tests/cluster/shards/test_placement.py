@@ -1,7 +1,7 @@
 """Where ranks are placed, and what is said when they cannot be."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import ParallelConfig
@@ -72,7 +72,6 @@ def test_nothing_is_refused_where_no_node_is_known() -> None:
     assert lay_bundles(ParallelConfig(tensor=64), ONE, []).resources == ({"CPU": 64.0},)
 
 
-@settings(deadline=None)
 @given(
     tensor=st.integers(1, 8),
     pipeline=st.integers(1, 4),
@@ -95,7 +94,6 @@ def test_what_is_laid_fits_and_what_is_refused_is_refused_with_layouts_that_fit(
     assert sum(bundle["CPU"] for bundle in laid.resources) == config.ranks <= sum(cpus)
 
 
-@settings(deadline=None)
 @given(tensor=st.integers(1, 8), pipeline=st.integers(1, 8))
 def test_bundles_are_stages_or_ranks(tensor: int, pipeline: int) -> None:
     ranks = tensor * pipeline

@@ -146,7 +146,7 @@ class AllRanks:
         pass
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**32), ranks=st.integers(1, 3), depth=st.integers(1, 3))
 def test_no_disturbance_of_a_rank_s_tier_changes_a_token(seed: int, ranks: int, depth: int) -> None:
     """Each rank's is slow and unreliable in its own way, and the second engine finds what the first has left."""
@@ -183,13 +183,11 @@ news = st.builds(
 saves = st.builds(Saves, st.lists(st.builds(Save, keys, keys | st.just(b""), numbers), max_size=3).map(tuple))
 
 
-@settings(deadline=None)
 @given(message=news | saves)
 def test_what_is_said_of_pages_arrives(message: News | Saves) -> None:
     assert decode(encode(message)) == message
 
 
-@settings(deadline=None)
 @given(ticket=numbers, pages=st.lists(st.tuples(keys, numbers), max_size=4))
 def test_what_is_asked_for_arrives(ticket: int, pages: list[tuple[bytes, int]]) -> None:
     recompute = np.arange(len(pages) + 1, dtype=np.float64)
@@ -200,7 +198,6 @@ def test_what_is_asked_for_arrives(ticket: int, pages: list[tuple[bytes, int]]) 
     assert got.recompute.tolist() == recompute.tolist()
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=100), message=news | saves, place=st.integers(0, 3), other=st.integers() | st.binary())
 def test_what_is_no_message_is_refused(data: bytes, message: News | Saves, place: int, other: int | bytes) -> None:
     content = msgpack.unpackb(encode(message))

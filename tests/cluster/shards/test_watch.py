@@ -1,6 +1,6 @@
 """Who is to blame when a rank is lost: the one that is the cause, in less than 2 s, and nobody when all are well."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.shards.watch import BEAT_S, GRACE_S, LOADING_SILENCE_S, SEARCH_S, SILENCE_S, Loss, Watch
@@ -117,7 +117,6 @@ def test_neighbours_that_notice_first_are_not_blamed_for_a_process_that_was_kill
     assert group.verdict_within(0) == (Loss(1, "killed", ((0, "connection closed by rank 1"),)), 0.0)
 
 
-@settings(deadline=None)
 @given(after=st.floats(BEAT_S, SILENCE_S))
 def test_neighbours_that_wait_in_vain_are_not_blamed_for_a_rank_that_is_stopped(after: float) -> None:
     group = armed()

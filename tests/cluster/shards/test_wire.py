@@ -7,7 +7,7 @@ from dataclasses import replace
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -25,13 +25,11 @@ plain = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(batch=batches())
 def test_a_batch_arrives_as_it_was_sent(batch: Batch) -> None:
     assert same(decode(encode(batch)), batch)
 
 
-@settings(deadline=None)
 @given(output=outputs())
 def test_an_output_arrives_as_it_was_sent(output: StepOutput) -> None:
     assert decode(encode(output)) == output
@@ -53,19 +51,16 @@ def test_a_long_reason_is_cut_rather_than_refused() -> None:
     assert decode(encode(Fault("x" * 10_000))) == Fault("x" * MAX_TEXT)
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=200))
 def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
     refuses_or_reads(data)
 
 
-@settings(deadline=None)
 @given(content=plain)
 def test_what_is_msgpack_and_no_message_is_refused(content: object) -> None:
     refuses_or_reads(msgpack.packb(content))
 
 
-@settings(deadline=None)
 @given(batch=batches(), data=st.data())
 def test_a_batch_with_another_field_is_refused_or_fits_together(batch: Batch, data: st.DataObject) -> None:
     """A batch that is let through never points beyond itself: what computes it need not look."""
@@ -75,7 +70,6 @@ def test_a_batch_with_another_field_is_refused_or_fits_together(batch: Batch, da
     refuses_or_reads(msgpack.packb(content))
 
 
-@settings(deadline=None)
 @given(output=outputs(), data=st.data())
 def test_an_output_with_another_field_is_refused_or_fits_together(output: StepOutput, data: st.DataObject) -> None:
     content = msgpack.unpackb(encode(output))

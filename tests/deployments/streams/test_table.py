@@ -149,7 +149,7 @@ def test_a_stream_that_outgrows_the_memory_is_no_longer_kept(clock: Clock) -> No
     assert tokens(table, "b", "s") == list(range(90))
 
 
-@settings(max_examples=60, stateful_step_count=40, deadline=None)
+@settings(max_examples=60, stateful_step_count=40)
 class Table(RuleBasedStateMachine):
     """Anything that gateways may say, in any order."""
 

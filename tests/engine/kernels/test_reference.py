@@ -60,7 +60,7 @@ def random_cache(num_pages: int, kv_heads: int, head_dim: int, int8: bool = Fals
     return KVPages(pages[:, 1, 0], scales[:, 1, 0]), KVPages(pages[:, 1, 1], scales[:, 1, 1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     data=st.data(),
     window=st.sampled_from([None, 1, 3, 9, 100]),

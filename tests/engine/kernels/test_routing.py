@@ -21,14 +21,14 @@ def mixed(routing: Routing, inner: Weight, outer: Weight, x: torch.Tensor, logit
     return OPERATORS.experts(routing, first, second)(x, logits)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=cases())
 def test_every_pair_has_a_row_by_expert_and_then_by_token(case: Case) -> None:
     table = route(case.logits(), case.routing)
     check_table(case, table.weights, table.rows, table.offsets, table.sources, elsewhere=None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases())
 def test_a_mixture_is_the_weighted_sum_of_its_experts(case: Case) -> None:
     experts = random_experts(len(case.routing.held), HIDDEN, WIDTH)

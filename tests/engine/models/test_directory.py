@@ -134,7 +134,7 @@ def configs(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_means_what_transformers_takes_it_for(architecture: str, data: st.DataObject) -> None:
     config = data.draw(configs(architecture))

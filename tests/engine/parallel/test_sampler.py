@@ -82,7 +82,7 @@ def rows(draw: st.DrawFn) -> tuple[Tensor, Samples]:
     return logits, Samples.of(sample_rows)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rows(), st.integers(2, 4), st.sampled_from([1, 4, 32]))
 def test_parts_draw_what_the_whole_draws(drawn: tuple[Tensor, Samples], size: int, unit: int) -> None:
     """Also where ranks have no id at all, rows are -inf throughout or hold NaN, and the largest logit is negative."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -103,7 +103,6 @@ def cut(name: str, whole: Array, spec: ModelSpec, rank: TensorRank) -> Array:
     return np.concatenate([values, np.zeros((part.padding, *whole.shape[1:]))]) if part.padding else values
 
 
-@settings(deadline=None)
 @given(cuts())
 def test_every_value_is_held_once_or_by_all_who_need_it(case: tuple[ModelSpec, list[TensorRank]]) -> None:
     spec, ranks = case
@@ -127,7 +126,6 @@ def test_every_value_is_held_once_or_by_all_who_need_it(case: tuple[ModelSpec, l
             assert (held == size).all(), name
 
 
-@settings(deadline=None)
 @given(cuts())
 def test_shapes_are_those_of_what_is_held(case: tuple[ModelSpec, list[TensorRank]]) -> None:
     spec, ranks = case
@@ -143,7 +141,6 @@ def test_shapes_are_those_of_what_is_held(case: tuple[ModelSpec, list[TensorRank
             assert len(ranks) == 1 or parts[0].shape[0] % VOCABULARY_UNIT == 0
 
 
-@settings(deadline=None)
 @given(specs(), st.integers(1, 6), st.sampled_from([1, 2, 4, 8]))
 def test_inner_channels_are_dealt_out_in_blocks(spec: ModelSpec, size: int, unit: int) -> None:
     spec = replace(spec, experts=None, heads=size, kv_heads=size, head_dim=8, intermediate=unit * spec.intermediate)

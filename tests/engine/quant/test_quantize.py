@@ -36,7 +36,7 @@ def weights(draw: Callable[..., object]) -> Tensor:
 
 
 @given(weights())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_8_bits_are_within_half_a_step_of_every_value(weight: Tensor) -> None:
     quantized = quantize_int8(weight)
     assert int(quantized.values.min()) >= -127
@@ -47,7 +47,7 @@ def test_8_bits_are_within_half_a_step_of_every_value(weight: Tensor) -> None:
 
 
 @given(weights(), st.sampled_from([QUICK, THOROUGH, (1.0,)]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_4_bits_lose_no_more_than_rounding_over_the_whole_range_would(
     weight: Tensor, shares: tuple[float, ...]
 ) -> None:

@@ -52,7 +52,7 @@ def in_c(library: Library, threads: int = 2) -> CpuOperators:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(case=routing_cases.cases())
 def test_every_pair_has_a_row_by_expert_and_then_by_token(
     library: Library, threads: int, case: routing_cases.Case
@@ -65,7 +65,7 @@ def test_every_pair_has_a_row_by_expert_and_then_by_token(
     check_table(case, table.weights, table.rows, table.offsets, table.sources, elsewhere=-1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=routing_cases.cases(), width=st.sampled_from([1, 7, 64, 515, 1100]), dtype=st.sampled_from([F32, BF16]))
 def test_rows_go_in_and_their_results_come_out(
     library: Library, case: routing_cases.Case, width: int, dtype: torch.dtype
@@ -108,7 +108,7 @@ def stack(weights: list[Weight]) -> Weight:
 
 
 @forms
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     case=linear.cases,
     counts=st.lists(st.sampled_from([0, 0, 1, 2, 5, 13, 30, 97]), min_size=1, max_size=5).filter(any),
@@ -132,7 +132,7 @@ def test_each_expert_multiplies_its_own_rows(library: Library, form: str, case: 
 
 
 @dtypes
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(case=routing_cases.cases())
 def test_a_mixture_is_the_weighted_sum_of_its_experts(
     library: Library, dtype: torch.dtype, case: routing_cases.Case

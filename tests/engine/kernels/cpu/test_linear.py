@@ -156,7 +156,7 @@ def check(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, gate: Activ
 
 
 @forms
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases)
 def test_agrees_with_float64(library: Library, form: str, case: Case) -> None:
     weight, bias, target = case.weight(form), case.bias(), Guarded(library)
@@ -171,7 +171,7 @@ def test_agrees_with_float64(library: Library, form: str, case: Case) -> None:
 
 
 @forms
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(case=cases)
 def test_a_row_does_not_depend_on_the_rows_beside_it(library: Library, form: str, case: Case) -> None:
     weight = case.weight(form)
@@ -183,7 +183,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(library: Library, form: str
 
 
 @forms
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(case=cases)
 def test_rows_are_those_of_the_weight(library: Library, form: str, case: Case) -> None:
     weight, target = case.weight(form), Guarded(library)

@@ -15,7 +15,7 @@ SPARE = 50
 
 
 @given(tokens=st.integers(1, 40), sequences=st.integers(1, 40), columns=st.integers(1, 9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_arrays_are_aligned_and_apart(tokens: int, sequences: int, columns: int) -> None:
     memory = StepMemory.on_device(StepShape(tokens, sequences, columns), HOST)
     end = 0
