@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import settings
@@ -46,6 +47,10 @@ class Use(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        # What is done in time must not depend on how busy the machine is: an example is to be the same twice.
+        names = ("DISK_PATIENCE_S", "READ_PATIENCE_S", "CLOSE_PATIENCE_S", "LAST_WRITE_S")
+        self.patience = patch.multiple("cluster.kv.store", **dict.fromkeys(names, 60.0))
+        self.patience.start()
         self.loop = asyncio.new_event_loop()
         self.folder = Path(tempfile.mkdtemp(prefix="manta-balance-"))
         self.counters = HostCounters()
@@ -232,6 +237,7 @@ class Use(RuleBasedStateMachine):
             self.start_again()
             self.loop.run_until_complete(self.store.close())
             self.loop.run_until_complete(self.tier.close())
+        self.patience.stop()
         self.loop.close()
         shutil.rmtree(self.folder)
 

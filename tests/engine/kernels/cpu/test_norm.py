@@ -39,7 +39,7 @@ def exact(name: str, total: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @norms
 @dtypes
 @given(rows=st.integers(1, 5), width=st.integers(1, 200), offset=st.floats(-30, 30), seed=st.integers(0, 2**32))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_norms_agree_with_float64(
     library: Library, name: str, dtype: torch.dtype, rows: int, width: int, offset: float, seed: int
 ) -> None:

@@ -32,7 +32,7 @@ def logits(draw: st.DrawFn) -> Tensor:
 
 
 @given(x=logits(), padding=st.integers(0, 3))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_the_largest_is_the_first_of_equals(library: Library, x: Tensor, padding: int) -> None:
     strided = torch.cat((x, torch.full((len(x), padding), INF)), dim=1)[:, : x.shape[1]]
     values, ids = CpuReductions(library, 2).largest(strided)
@@ -42,7 +42,7 @@ def test_the_largest_is_the_first_of_equals(library: Library, x: Tensor, padding
 
 
 @given(x=logits(), share=st.floats(0, 1))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_the_k_largest_come_in_order_with_equals_by_id(library: Library, x: Tensor, share: float) -> None:
     k = max(1, round(share**3 * x.shape[1]))
     values, ids = CpuReductions(library, 2).k_largest(x, k)
@@ -63,7 +63,7 @@ def test_a_real_vocabulary_in_any_order(library: Library, order: str, k: int) ->
 
 
 @given(x=logits())
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_log_sum_exp_is_that_of_float64(library: Library, x: Tensor) -> None:
     x = x.clamp(max=1e30)
     sums = CpuReductions(library, 2).log_sum_exp(x)
