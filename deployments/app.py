@@ -40,7 +40,6 @@ HEAD = {"node:__internal_head__": 0.001}
 """A little of what Ray's head alone has, by Ray's name for it: whoever takes it is there."""
 GATEWAY_SURGE_PERCENT = 100
 """New gateways take requests before old ones take no more; they reserve nothing, so there is always room for them."""
-
 KEEPER_SURGE_PERCENT = 100
 """A new keeper of KV hosts or of streams has taken over what there is before the old one goes, and that with it."""
 
@@ -61,16 +60,16 @@ def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: Rank
     if config.parallel.ranks > 1:
         engine_factory = ShardedFactory(config.parallel, share.resources, rank_loader)
     # Each is given what it needs and no more: Serve replaces actors whose arguments have changed.
-    hub = _deployment(MetricsHub, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S).bind(config.model_name)
+    hub = _deployment(MetricsHub, replicas=1, drain_s=HUB_SHUTDOWN_S).bind(config.model_name)
     hosts = None
     if config.kv_host.enabled:
         hosts = (
-            _deployment(KVHosts, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S)
+            _deployment(KVHosts, replicas=1, drain_s=HUB_SHUTDOWN_S)
             .options(max_surge_percent=KEEPER_SURGE_PERCENT)
             .bind(config.kv_host, hub)
         )
     replicas = (
-        _deployment(LLMReplica, replicas=config.replicas, cpus=0, drain_s=config.drain_timeout_s)
+        _deployment(LLMReplica, replicas=config.replicas, drain_s=config.drain_timeout_s)
         .options(request_router_config=RequestRouterConfig(request_router_class=TokenRequestRouter))
         .options(**reservation(config, share.resources, nodes))
         .bind(engine, config.model_name, hub, engine_factory, hosts)
@@ -78,25 +77,25 @@ def assemble(config: AppConfig, engine_factory: EngineFactory, rank_loader: Rank
     # A host that is lost may take a gateway along, and must not take what is known of its streams: the store is where
     # the cluster ends anyway.
     streams = (
-        _deployment(StreamStore, replicas=1, cpus=0, drain_s=HUB_SHUTDOWN_S)
+        _deployment(StreamStore, replicas=1, drain_s=HUB_SHUTDOWN_S)
         .options(ray_actor_options={"num_cpus": 0, "resources": HEAD}, max_surge_percent=KEEPER_SURGE_PERCENT)
         .bind(config.gateway.streams, hub)
     )
     gateway = _deployment(
-        serve.ingress()(Gateway), replicas=config.gateway.replicas, cpus=0, drain_s=config.gateway.drain_timeout_s
+        serve.ingress()(Gateway), replicas=config.gateway.replicas, drain_s=config.gateway.drain_timeout_s
     ).options(max_surge_percent=GATEWAY_SURGE_PERCENT)
     return gateway.bind(config.gateway, replicas, hub, streams)
 
 
-def _deployment(actor: type, *, replicas: int, cpus: float, drain_s: float) -> Any:
+def _deployment(actor: type, *, replicas: int, drain_s: float) -> Any:
     """A Serve deployment of `actor`, whose calls may go on for `drain_s` seconds once it is to end.
 
-    Gateways and hub reserve no CPU, so that they fit beside the replicas.
+    It reserves no CPU, so that it fits beside the replicas; what these reserve is `reservation`'s to say.
     """
     return serve.deployment(actor).options(
         num_replicas=replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": cpus},
+        ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=drain_s,
