@@ -151,8 +151,10 @@ def test_every_form_of_a_weight_gives_what_the_reference_gives(library: Library,
     routing = Routing(9, 3, True, range(9))
     weights, x, logits = expert_weights(form, 9, F32), torch.randn(70, HIDDEN), torch.randn(70, 9)
     y, expected = (mixed(each, routing, weights, x, logits) for each in (in_c(library), ReferenceOperators()))
-    # Where sums round apart, an activation of 8 bits may become the neighbour of what it is in the other.
-    assert (y - expected).abs().max() <= (2e-2 if form == "int8" else 1e-4) * expected.std()
+    errors = (y - expected).abs().amax(1) / expected.std()
+    # Where sums round apart, an activation of 8 bits may become the neighbour of what it is in the other: rarely.
+    assert errors.max() <= (0.1 if form == "int8" else 1e-4)
+    assert (errors > 1e-4).sum() <= 3
 
 
 @forms
