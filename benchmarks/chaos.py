@@ -4,7 +4,7 @@ python -m benchmarks.chaos --kills 200 --replicas 2
 python -m benchmarks.chaos --kills 20 --signal STOP
 python -m benchmarks.chaos --kills 30 --victims replica,kv-host,gateway --gateways 2
 python -m benchmarks.chaos --kills 20 --victims rank --tensor-parallel 2
-python -m benchmarks.chaos --kills 20 --model s135m --words 870 --max-tokens 60 --decoding [--no-kv-host]
+python -m benchmarks.chaos --kills 20 --model s135m --words 870 --max-tokens 200 --decoding [--no-kv-host]
 
 The server runs with `--deterministic`, so that not even rounding may tell an answer that was cut from one that was not.
 Every kill has caches of its own (a salt), so that what one round has computed helps no other. A gap is how much longer
@@ -37,23 +37,41 @@ from benchmarks.chaos_streams import PROMPT, Answer, Kind, kinds, lengthened, sa
 from benchmarks.chaos_tally import Tally
 
 _POLL_S = 0.1
+_WATCH_S = 0.01
 _LISTED_S = 1.5
 """From the moment that a replica has loaded the model until every gateway has been told of it."""
 _STARTED_S = 5.0
 """From the moment that a gateway's process is there until requests are sent to it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Blow:
+    """When something strikes."""
+
+    delay: float
+    """In seconds."""
+    begun: bool
+    """Whether from the moment that every stream has begun, instead of from the first request."""
+
+
+async def strike_under(streams: Sequence[Answer], blow: Blow, strike: Callable[[], None]) -> float:
+    """The moment at which something struck the streams that are being answered."""
+    while blow.begun and not all(answer.times or answer.error for answer in streams):
+        await asyncio.sleep(_WATCH_S)
+    await asyncio.sleep(blow.delay)
+    strike()
+    return time.monotonic()
+
+
 async def ask_under(
-    url: str, asked: Sequence[Kind], delay: float, strike: Callable[[], None], *, comes_back: bool
+    url: str, asked: Sequence[Kind], blow: Blow, strike: Callable[[], None], *, comes_back: bool
 ) -> tuple[list[Answer], float]:
     """The answers to all of them, and the moment at which something struck."""
-
-    async def wait_and_strike() -> float:
-        await asyncio.sleep(delay)
-        strike()
-        return time.monotonic()
-
-    answers, moment = await asyncio.gather(ask_all(url, asked, comes_back=comes_back), wait_and_strike())
+    answers = [Answer() for _ in asked]
+    streams = [answer for kind, answer in zip(asked, answers, strict=True) if kind.body.get("stream")]
+    _, moment = await asyncio.gather(
+        ask_all(url, asked, comes_back=comes_back, into=answers), strike_under(streams, blow, strike)
+    )
     return answers, moment
 
 
@@ -108,17 +126,17 @@ class Plan:
 
 def run_kills(server: Server, calm: Calm, plan: Plan) -> Tally:
     """Kills one process after the other, each under all kinds of requests at once."""
-    earliest = min(calm.begun, 0.8 * calm.seconds) if plan.decoding else 0.02
+    earliest, latest = (0.0, 0.9 * (calm.seconds - calm.begun)) if plan.decoding else (0.02, 0.9 * calm.seconds)
     rng = random.Random(plan.seed)
     tally = Tally([kind.name for kind in calm.asked], plan.victims)
     comes_back = "gateway" in plan.victims
     for number in range(1, plan.kills + 1):
         victim = plan.victims[(number - 1) % len(plan.victims)]
-        delay = rng.uniform(earliest, 0.9 * calm.seconds)
+        blow = Blow(rng.uniform(earliest, latest), plan.decoding)
         pid = rng.choice(server.pids(victim))
         asked = salted(calm.asked, str(number))
         strike = partial(server.kill, victim, pid, plan.how)
-        answers, moment = asyncio.run(ask_under(server.url, asked, delay, strike, comes_back=comes_back))
+        answers, moment = asyncio.run(ask_under(server.url, asked, blow, strike, comes_back=comes_back))
         _await_all(server, victim)
         cut = tally.victims[victim].cut
         for complaint in tally.add(victim, answers, calm.answers, moment, server.continued()):

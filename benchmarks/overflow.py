@@ -2,11 +2,11 @@
 
     python -m benchmarks.overflow --model s135m --json overflow.json --png overflow.png
 
-Multi-turn conversations of prompts of U(512, 2048) tokens and long answers, most of them at once and in turns. A
-quarter of the room is less than those that run at once come to need, so that some lose their pages amid an answer; and
-the pages of a conversation are gone when it goes on, unless there is room for all or they come back from the host. With
-`--clients 4` those that run have room, and only the latter is measured. Rounds alternate between the engines and use
-other tokens each; medians are compared.
+Multi-turn conversations that open with U(512, 2048) tokens, half of them at once and in turns. A quarter of the room is
+less than those that run at once come to need, so that some lose their pages amid an answer; and the pages of a
+conversation are gone when it goes on, unless there is room for all or they come back from the host. With `--clients 4`
+those that run have room, and only the latter is measured. Rounds alternate between the engines and use other tokens
+each; medians are compared.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from engine.models.directory import load_spec
 
 OPENING = workloads.Range(512, 2048)
 LATER = workloads.Range(32, 128)
-OUTPUT = workloads.Range(256, 768)
+OUTPUT = workloads.Range(64, 256)
 MODES = {
     "unlimited": "room for everything",
     "write-through": "room for everything, and a host",
@@ -123,8 +123,8 @@ def main() -> None:
     )
     parser.add_argument("--model", default="s135m", help=f"{', '.join(models.SHAPES)}, or a model directory")
     parser.add_argument("--conversations", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--engines", type=names, default=tuple(MODES), help=f"of {','.join(MODES)}")
     parser.add_argument("--threads", type=int, default=available_cores())

@@ -7,6 +7,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
+from benchmarks.chaos import Blow, strike_under
 from benchmarks.chaos_client import ask
 from benchmarks.chaos_streams import Answer, Choice, kinds
 from benchmarks.chaos_tally import Tally, percentile
@@ -67,6 +68,22 @@ def test_a_stream_that_was_cut_before_its_first_event_has_a_gap_too() -> None:
     assert cut.gap(2.05, 0.3) == pytest.approx(0.0)
     assert replace(cut, times=[2.0]).gap(0.5, 0.3) == pytest.approx(1.7)
     assert replace(cut, num_events=0).gap(0.5, 0.3) is None, "what comes in one piece is no stream"
+
+
+def test_who_is_to_be_killed_under_decodes_lives_until_every_stream_has_begun() -> None:
+    streams, begun = [Answer(), Answer(), Answer()], []
+
+    async def run() -> None:
+        striking = asyncio.create_task(strike_under(streams, Blow(0.0, begun=True), lambda: begun.extend(streams)))
+        for each in streams[:2]:
+            await asyncio.sleep(0.03)
+            each.times.append(1.0)
+            assert not begun
+        streams[2].error = "refused"
+        await striking
+
+    asyncio.run(run())
+    assert begun == streams
 
 
 def test_percentiles() -> None:
