@@ -104,7 +104,8 @@ def _deployment(actor: type, *, replicas: int, drain_s: float) -> Any:
 
 
 def reservation(config: AppConfig, each: Mapping[str, float], nodes: Sequence[NodeRoom]) -> dict[str, Any]:
-    """What Serve reserves for a replica. Where it has several ranks, that is their place, of which it takes nothing.
+    """What Serve reserves for a replica. Where it has several ranks, that is their place, of which it takes nothing,
+    as any deployment does by itself.
 
     Serve's own placement, rather than one that replicas make: it starts none where there is no room, counts what all of
     them take, and gives it back whatever becomes of a replica. Raises NoRoom for what the nodes could never hold: Serve
@@ -116,7 +117,6 @@ def reservation(config: AppConfig, each: Mapping[str, float], nodes: Sequence[No
     if config.parallel.ranks == 1:
         return {"ray_actor_options": {"num_cpus": each["CPU"], "num_gpus": each["GPU"]}}
     options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": 0},
         "placement_group_bundles": list(laid.resources),
         "placement_group_strategy": laid.strategy,
     }

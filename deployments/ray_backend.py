@@ -1,36 +1,34 @@
 """The backend of a gateway in a cluster: submits requests to replicas and brings their tokens back.
 
 Owns what is between a gateway and the replicas: routing books, one link per replica, retries before a request is taken.
-Knows no HTTP and no text. A request whose replica dies fails with ReplicaLost, and so does one whose replica is to go
-as soon as another one can go on with it; `deployments.continuation` sees to that, from what has arrived.
+Which replicas there are and what they serve is `deployments.roster`'s. Knows no HTTP and no text. A request whose
+replica dies fails with ReplicaLost, and so does one whose replica is to go as soon as another one can go on with it;
+`deployments.continuation` sees to that, from what has arrived.
 """
 
 import asyncio
-import contextvars
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.backend import GenerationFailed, Loss, ModelGone, NotReady, ReplicaLost
-from deployments.cards import Cards
+from deployments.background import Background
 from deployments.latest import Latest
-from deployments.messages import Abort, Accepted, Attach, Describe, Described, Frame, ModelCard, Submit, Unavailable
-from deployments.router import Ledger, ReplicaGone
+from deployments.messages import Abort, Accepted, Attach, Described, Frame, ModelCard, Submit, Unavailable
+from deployments.roster import Roster
+from deployments.router import Ledger
 from deployments.silence import heard, meaning
 from deployments.token_streams import Link, TokenStream
 from engine.errors import InvalidRequest
 from engine.sequence import Emission, Request
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 RETRY_AFTER_S = 0.1
 SUBMIT_TIMEOUT_S = 30.0
@@ -38,9 +36,6 @@ SUBMIT_TIMEOUT_S = 30.0
 but none at all."""
 ATTEMPT_TIMEOUT_S = 5.0
 """How long one replica may take to accept a request: `deployments.intake` answers earlier, whatever its engine does."""
-CARD_TIMEOUT_S = 2.0
-ASK_AGAIN_S = 1.0
-"""Before a replica that did not say what it serves is asked again."""
 MOST_DEATHS = 2
 """Replicas that may die with a request on its way to them before that is held against it. One that is killed dies with
 all that are on their way, and routers may not know of that at once."""
@@ -69,12 +64,10 @@ class RayBackend:
         self._metrics = metrics
         self._submit_call = replicas.options(method_name="submit")
         self._abort_call = replicas.options(method_name="abort")
-        self._card_call = replicas.options(method_name="card")
         self._frames_call = replicas.options(method_name="frames", stream=True)
         self._ledger = Ledger()
-        self._cards = Cards()
-        self._asked: set[str] = set()
-        """Replicas that are being asked for their cards."""
+        self._background = Background()
+        self._roster = Roster(replicas, self._ledger, self._background)
         self._tickets = itertools.count()
         self._streams: dict[str, TokenStream] = {}
         self._links: dict[tuple[str, str], Link] = {}
@@ -85,23 +78,12 @@ class RayBackend:
         """Wire ids: tokens of theirs may still be on the way."""
         self._ended: str | None = None
         """Why no request goes on any more."""
-        self._background: set[asyncio.Task[Any]] = set()
 
     async def card(self) -> ModelCard:
-        """The model that new requests are for; see `Cards.current`. Raises NotReady while no replica has loaded one."""
-        self._look_around()
-        if self._cards.current is None:
-            await self._ask()
-        assert self._cards.current is not None
-        return self._cards.current
+        return await self._roster.card()
 
     async def ready(self) -> bool:
-        """Whether some replica takes requests now."""
-        for replica_id in (None, *(self._ledger.listed or ())):
-            with suppress(NotReady, ReplicaGone):
-                await self._ask(replica_id)
-                return True
-        return False
+        return await self._roster.has_ready()
 
     async def metrics(self) -> bytes:
         return await self._metrics()
@@ -131,8 +113,8 @@ class RayBackend:
         try:
             async with asyncio.timeout(SUBMIT_TIMEOUT_S):
                 while self._ended is None:
-                    self._look_around()
-                    if self._cards.is_gone(request.model, self._ledger.listed or ()):
+                    self._roster.look_around()
+                    if self._roster.is_gone(request.model):
                         raise ModelGone("the model that the request was made for has been replaced by another one")
                     stream = await self._attempt(request, cost, died)
                     if stream is not None:
@@ -152,7 +134,7 @@ class RayBackend:
         """
         stream = self._open(request)
         try:
-            answer = await self._call(self._submit_to_any(stream, request, cost), ATTEMPT_TIMEOUT_S)
+            answer = await self._background.call(self._submit_to_any(stream, request, cost), ATTEMPT_TIMEOUT_S)
         except BaseException as error:
             if isinstance(error, RayActorError | TimeoutError):
                 place = self._ledger.avoid_place_of(stream.wire_id)
@@ -170,7 +152,7 @@ class RayBackend:
                 self._ledger.avoid(replica_id)
             case Described(replica_id, card):
                 logger.info("Request %s is not for replica %s: %s", request.request_id, replica_id, card)
-                self._cards.note(replica_id, card)
+                self._roster.cards.note(replica_id, card)
             case InvalidRequest():
                 raise answer
         return None
@@ -179,12 +161,12 @@ class RayBackend:
         """Tokens to run at most: the prompt, what was given elsewhere, and what is still to come."""
         prompt, most = len(request.prompt_token_ids), request.params.max_tokens
         if most is None:
-            most = max(0, (await self.card()).max_model_len - prompt)
+            most = max(0, (await self._roster.card()).max_model_len - prompt)
         return prompt + most * len(request.open_samples)
 
     async def _submit_to_any(self, stream: TokenStream, request: Request, cost: int) -> Answer:
         sent = replace(request, request_id=stream.wire_id)
-        call = Submit(sent, stream.caller, cost, self._ledger, self._cards.unfit(request))
+        call = Submit(sent, stream.caller, cost, self._ledger, self._roster.cards.unfit(request))
         answer: Answer = await self._submit_call.remote(call)
         if isinstance(answer, Accepted):
             self._accepted(stream, answer.replica_id)
@@ -244,13 +226,13 @@ class RayBackend:
                 # The replica, or this gateway's stream there, is gone: then so is the request, now or after a grace.
                 logger.debug("Abort of %s was not delivered: %s", call.request_ids, error)
 
-        self._spawn(send())
+        self._background.spawn(send())
 
     def _link(self, replica_id: str, caller: str) -> Link:
         link = self._links.get((replica_id, caller))
         if link is None:
             link = self._links[replica_id, caller] = Link(replica_id, caller)
-            self._spawn(self._read(link))
+            self._background.spawn(self._read(link))
         return link
 
     def _break(self, link: Link) -> None:
@@ -314,9 +296,9 @@ class RayBackend:
 
         The others have the time that the replica has to drain.
         """
-        self._look_around()
+        self._roster.look_around()
         streams = tuple(link.streams.values())
-        moving = [stream for stream in streams if self._ledger.has_place(self._cards.fit(stream.request))]
+        moving = [stream for stream in streams if self._ledger.has_place(self._roster.cards.fit(stream.request))]
         if not moving:
             return
         reason = f"replica {link.replica_id} is to go"
@@ -353,55 +335,3 @@ class RayBackend:
         """Stops a request that nobody waits for: an attempt that was given up although its replica had taken it."""
         if emission.finish_reason is None and emission.request_id not in self._aborted:
             self._abort(replica_id, emission.request_id)
-
-    def _look_around(self) -> None:
-        """Keeps up with Serve's list of replicas: forgets the cards of those that have left, and asks those that are
-        new, beside whatever else goes on."""
-        listed = self._ledger.listed
-        if listed is None:
-            return
-        self._cards.keep(listed)
-        for replica_id in self._cards.unknown(listed) - self._asked:
-            self._asked.add(replica_id)
-            self._spawn(self._get_to_know(replica_id))
-
-    async def _get_to_know(self, replica_id: str) -> None:
-        try:
-            await self._ask(replica_id)
-        except Exception as error:
-            logger.debug("Replica %s does not say what it serves: %s", replica_id, error)
-            await asyncio.sleep(ASK_AGAIN_S)
-        finally:
-            self._asked.discard(replica_id)
-
-    async def _ask(self, replica_id: str | None = None) -> None:
-        """Has a replica, or whichever answers, say what it serves. Raises NotReady, or ReplicaGone for one by name."""
-
-        async def ask() -> Described | Unavailable:
-            answer: Described | Unavailable = await self._card_call.remote(Describe(replica_id))
-            return answer
-
-        try:
-            answer = await self._call(ask(), CARD_TIMEOUT_S)
-        except (TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-            raise NotReady("the model is loading") from error
-        if isinstance(answer, Unavailable):
-            raise NotReady(f"replica {answer.replica_id} takes no requests")
-        self._cards.note(answer.replica_id, answer.card)
-
-    async def _call(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """Awaits a call that goes on by itself when its caller is cancelled."""
-
-        async def bounded() -> T:
-            async with asyncio.timeout(timeout_s):
-                return await call
-
-        return await asyncio.shield(self._spawn(bounded()))
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        # In a context of its own: Serve cancels the calls that were made in the context of an HTTP request when that
-        # request ends, and a link serves many.
-        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return task

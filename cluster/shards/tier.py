@@ -12,13 +12,13 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import zmq
 
 from cluster.kv.wire import WireError
-from cluster.shards.tier_wire import Fetch, Fetched, News, Saved, Saves, State, decode, encode
+from cluster.shards.tier_wire import Fetch, Fetched, GiveUp, News, Saved, Saves, State, decode, encode
 from engine.kv import tier
 from engine.kv.tier import Answer, Load, Loaded, Save, Tier, TierStats
 
@@ -49,7 +49,11 @@ class _Loading:
 
     load: Load
     awaited: set[int]
+    """Ranks that may still write to its pages: those are the tier's until none is left."""
     num_pages: int
+    """That all who have answered have brought."""
+    told: set[int] = field(default_factory=set)
+    """Ranks that know that it is not waited for any more."""
     seconds: float = 0.0
     predicted_seconds: float = 0.0
 
@@ -97,7 +101,12 @@ class GroupTier:
         self._tell(Fetch(load.ticket, tuple(load.keys), tuple(load.pages), recompute))
 
     def give_up(self, ticket: int) -> None:
-        """Nothing: it ends when the last rank has answered, and each of those ends by itself."""
+        loading = self._loading.get(ticket)
+        if loading is None:
+            return
+        # It is over only when each of these has said that it has stopped, and not when they have been told to.
+        data = encode(GiveUp(ticket))
+        loading.told |= {rank for rank in loading.awaited - loading.told if self._send(rank, data)}
 
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
         self._receive(0.0)
@@ -117,14 +126,22 @@ class GroupTier:
     def close(self) -> None:
         """The sockets are closed with the channel; what was begun is not answered."""
         self._sockets = []
+        self._saving.clear()
+        self._loading.clear()
 
     def _tell(self, message: Saves | Fetch) -> None:
         data = encode(message)
-        for rank, socket in enumerate(self._sockets):
-            try:
-                socket.send(data, zmq.NOBLOCK)
-            except zmq.Again:
-                self._refuse(rank, message)
+        deaf = [rank for rank in range(len(self._sockets)) if not self._send(rank, data)]
+        for rank in deaf:  # once all others have it: it may be given up now
+            self._refuse(rank, message)
+
+    def _send(self, rank: int, data: bytes) -> bool:
+        """Whether the rank takes it."""
+        try:
+            self._sockets[rank].send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _refuse(self, rank: int, message: Saves | Fetch) -> None:
         """What a rank says that takes no messages: it is about to be lost, and the engine must not wait for it."""
@@ -192,6 +209,8 @@ class GroupTier:
         loading.seconds = max(loading.seconds, fetched.seconds)
         loading.predicted_seconds = max(loading.predicted_seconds, fetched.predicted_seconds)
         if loading.awaited:
+            if not loading.num_pages:  # whatever the others bring is of no use
+                self.give_up(fetched.ticket)
             return
         del self._loading[fetched.ticket]
         load, count = loading.load, loading.num_pages
@@ -219,6 +238,10 @@ class RankTier:
         self._client = client
         self._on_failure = on_failure
         self._awaited = self._received = 0
+        self._numbers = itertools.count()
+        self._tickets: dict[int, int] = {}
+        """The group's tickets of loads, by ours. The group uses one again once its load is over; what a host may still
+        send for a load that was given up must not be taken for a part of the next."""
         self._untold: list[Answer] = []
         self._told: State | None = None
         self._closing = False
@@ -236,7 +259,7 @@ class RankTier:
                     self._obey(self._socket.recv())
                 answers = self._client.poll()
                 self._awaited -= len(answers)
-                self._untold += answers
+                self._untold += [self._for_group(answer) for answer in answers]
                 self._report()
         except Exception as error:
             logger.exception("Pages of this rank do not overflow any more")
@@ -253,10 +276,19 @@ class RankTier:
                 self._client.save(list(pages))
             case Fetch(ticket, keys, pages, recompute):
                 self._awaited += 1
-                seconds = recompute.tolist()
-                self._client.load(Load(ticket, list(keys), list(pages), seconds.__getitem__))
+                seconds, number = recompute.tolist(), next(self._numbers)
+                self._tickets[number] = ticket
+                self._client.load(Load(number, list(keys), list(pages), seconds.__getitem__))
+            case GiveUp(ticket):
+                for number in [ours for ours, theirs in self._tickets.items() if theirs == ticket]:
+                    self._client.give_up(number)
             case other:
                 raise WireError(f"the group sent a {type(other).__name__}")
+
+    def _for_group(self, answer: Answer) -> Answer:
+        if isinstance(answer, Loaded):
+            return replace(answer, ticket=self._tickets.pop(answer.ticket))
+        return answer
 
     def _report(self) -> None:
         """Tells what is news; again, if the group does not take it now."""

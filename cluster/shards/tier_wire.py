@@ -31,6 +31,13 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Group: nobody waits for these pages any more. What has come of them is told all the same."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
 class Saved:
     """Rank: a page may be written to again."""
 
@@ -71,7 +78,7 @@ class News:
     state: State
 
 
-Message = Saves | Fetch | News
+Message = Saves | Fetch | News | GiveUp
 
 
 def encode(message: Message) -> bytes:
@@ -88,6 +95,8 @@ def encode(message: Message) -> bytes:
                 [[e.ticket, e.num_pages, float(e.seconds), float(e.predicted_seconds)] for e in fetched],
                 [state.host, state.room, state.received, float(state.page_seconds), state.corrupt, state.failures],
             ]
+        case GiveUp(ticket):
+            content = [3, ticket]
     return pack(type(message).__name__, content)
 
 
@@ -137,4 +146,9 @@ def _key(value: Any) -> bytes:
     return value
 
 
-_KINDS: tuple[Kind[Message], ...] = (("Saves", 1, _read_saves), ("Fetch", 4, _read_fetch), ("News", 3, _read_news))
+_KINDS: tuple[Kind[Message], ...] = (
+    ("Saves", 1, _read_saves),
+    ("Fetch", 4, _read_fetch),
+    ("News", 3, _read_news),
+    ("GiveUp", 1, lambda ticket: GiveUp(whole(ticket))),
+)

@@ -18,13 +18,21 @@ def test_a_replica_and_its_ranks_are_reserved_together_and_the_ranks_take_it_all
     nodes = [NodeRoom(name, {"CPU": 4.0}, {"zone": "x"}) for name in "ab"]
     config = AppConfig(replicas=2, parallel=ParallelConfig(tensor=2, pipeline=2, labels=({"zone": "x"},)))
     assert reservation(config, {"CPU": 1.0}, nodes) == {
-        "ray_actor_options": {"num_cpus": 0},
         "placement_group_bundles": [{"CPU": 2.0}, {"CPU": 2.0}],
         "placement_group_strategy": "SPREAD",
         "placement_group_bundle_label_selector": [{"zone": "x"}, {"zone": "x"}],
     }
     with pytest.raises(NoRoom, match=r"3 replicas are asked for.*\. In all: a has 4 CPU"):
         reservation(config.model_copy(update={"replicas": 3}), {"CPU": 1.0}, nodes)
+
+
+def test_what_is_deployed_for_several_ranks_reserves_their_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "living_nodes", lambda *, free: [NodeRoom("a", {"CPU": 8.0}, {})])
+    config = AppConfig(replicas=2, parallel=ParallelConfig(tensor=2))
+    gateway = assemble(config, lambda config, find_host: None)._bound_deployment  # type: ignore[arg-type,return-value]
+    replicas = gateway.init_args[1]._bound_deployment
+    assert replicas.ray_actor_options["num_cpus"] == 0
+    assert replicas._replica_config.placement_group_bundles == [{"CPU": 4.0}]
 
 
 def test_a_replica_that_is_not_cut_reserves_its_cores_and_its_gpu() -> None:

@@ -8,7 +8,7 @@ from engine.kv.pages import PagePool
 from engine.limits import Limits
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
-from engine.sequence import Request
+from engine.sequence import Request, Sequence
 from tests.engine.fake_tier import FakeTier
 from tests.engine.fakes import VOCAB, LedgerRunner, PipelinedExecutor, Streams, next_token
 
@@ -62,14 +62,8 @@ class Rig:
     def check(self) -> None:
         """What must hold between any two steps."""
         scheduler = self.scheduler
-        unfinished = [s for samples in scheduler._sequences.values() for s in samples if s.status.value != "finished"]
-        in_flight = {id(s): s for layout in scheduler._in_flight for s in layout.sequences}
-        in_flight |= {id(load.sequence): load.sequence for load in scheduler.offload._loading.values()}
-        holders = {id(s): s for s in unfinished} | in_flight
-        self.pool.check_integrity([*(s.pages for s in holders.values()), scheduler.offload.held_pages])
-        lanes = [s.lane for s in holders.values() if s.lane >= 0]
-        assert len(set(lanes)) == len(lanes) == scheduler._lanes.num_taken
-        assert all(s.lane >= 0 for s in [*scheduler.running, *in_flight.values()])
+        unfinished = unfinished_of(scheduler)
+        check_pages(scheduler)
         assert len(scheduler.running) <= self.max_sequences
         assert scheduler.running == sorted(scheduler.running, key=lambda s: s.order)
         assert scheduler.waiting == sorted(scheduler.waiting, key=lambda s: s.order)
@@ -87,6 +81,21 @@ class Rig:
         assert (stats.num_running, stats.num_waiting, stats.num_outstanding_tokens) == (0, 0, 0)
         assert not self.scheduler._sequences
         assert not self.scheduler._siblings
+
+
+def unfinished_of(scheduler: Scheduler) -> list[Sequence]:
+    return [s for samples in scheduler._sequences.values() for s in samples if s.status.value != "finished"]
+
+
+def check_pages(scheduler: Scheduler) -> None:
+    """Every reference to a page is somebody's, and who runs, or is loaded, has a lane of its own."""
+    in_flight = {id(s): s for layout in scheduler._in_flight for s in layout.sequences}
+    in_flight |= {id(load.sequence): load.sequence for load in scheduler.offload._loading.values()}
+    holders = {id(s): s for s in unfinished_of(scheduler)} | in_flight
+    scheduler.pool.check_integrity([*(s.pages for s in holders.values()), scheduler.offload.held_pages])
+    lanes = [s.lane for s in holders.values() if s.lane >= 0]
+    assert len(set(lanes)) == len(lanes) == scheduler._lanes.num_taken
+    assert all(s.lane >= 0 for s in [*scheduler.running, *in_flight.values()])
 
 
 def request(name: str, prompt: list[int], *, priority: int = 0, salt: str | None = None, **params: object) -> Request:

@@ -1,7 +1,7 @@
 """Sampling against a slow oracle, against exact distributions, and against everything that may go wrong in one row."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,94 +13,13 @@ from torch import Tensor
 
 from engine.batch import SampleRow, Samples
 from engine.randomness import uniforms
-from engine.sampler import Drawn, Sampler, token_logprobs
+from engine.sampler import Drawn, Sampler
 from engine.sampling import reductions
-from engine.sampling_params import SamplingParams
 from tests.engine.chi_square import assert_frequencies
+from tests.engine.sample_rows import batches, make_row, sample, sample_one
 from tests.engine.slow_sampler import distribution, explains
 
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """Enough for torch to split rows and sums between threads, whatever the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def make_row(
-    *, seed: int = 0, position: int = 0, prompt: Any = (), output: Any = (), banned: Any = (), **params: Any
-) -> SampleRow:
-    return SampleRow(
-        row=0,
-        params=SamplingParams(**params),
-        seed=seed,
-        sample_index=0,
-        position=position,
-        banned=tuple(banned),
-        prompt=tuple(prompt),
-        output=tuple(output),
-    )
-
-
-def sample(logits: Tensor, rows: list[SampleRow]) -> Drawn:
-    return Sampler().sample(logits, Samples.of(rows))
-
-
-def sample_one(logits: list[float] | Tensor, **row: Any) -> int:
-    drawn = sample(torch.as_tensor(logits, dtype=torch.float32)[None], [make_row(**row)])
-    assert drawn.failed == {}
-    return drawn.token_ids[0]
-
-
-@st.composite
-def logits_rows(draw: st.DrawFn, vocabulary: int) -> np.ndarray:
-    """Random logits with what models produce: wide and narrow scales, ties as of bfloat16, masked tokens."""
-    random = np.random.default_rng(draw(st.integers(0, 2**32)))
-    values = random.normal(size=vocabulary) * draw(st.sampled_from([0.01, 1.0, 4.0, 100.0]))
-    if draw(st.booleans()):
-        values = np.round(values * 2) / 2
-    if draw(st.booleans()):
-        values[random.permutation(vocabulary)[: draw(st.integers(0, vocabulary - 1))]] = -np.inf
-    return values.astype(np.float32)
-
-
-@st.composite
-def sample_rows(draw: st.DrawFn, vocabulary: int) -> SampleRow:
-    """Every feature, each off half of the time. At least the last token is neither banned nor excluded."""
-
-    def maybe(strategy: st.SearchStrategy[Any], off: Any) -> Any:
-        return draw(strategy) if draw(st.booleans()) else off
-
-    token = st.integers(0, vocabulary - 1)
-    tokens = st.lists(token, max_size=12)
-    return make_row(
-        seed=draw(st.integers(0, 2**64 - 1)),
-        position=draw(st.integers(0, 2**20)),
-        prompt=maybe(tokens, ()),
-        output=maybe(tokens, ()),
-        banned=maybe(st.lists(st.integers(0, max(0, vocabulary - 2)), max_size=5 * (vocabulary > 1)), ()),
-        temperature=maybe(st.sampled_from([0.0, 0.01, 0.7, 2.0]), 1.0),
-        top_k=maybe(st.sampled_from([1, 2, 5, 64, 65, 1000]), 0),
-        top_p=maybe(st.sampled_from([1e-9, 0.3, 0.9, 0.999]), 1.0),
-        min_p=maybe(st.sampled_from([0.001, 0.2, 1.0]), 0.0),
-        repetition_penalty=maybe(st.sampled_from([0.8, 1.3]), 1.0),
-        presence_penalty=maybe(st.sampled_from([-1.0, 1.5]), 0.0),
-        frequency_penalty=maybe(st.sampled_from([-0.5, 0.75]), 0.0),
-        logit_bias=maybe(st.dictionaries(token, st.sampled_from([-100.0, -1.5, 2.25]), max_size=4), None),
-        allowed_token_ids=maybe(tokens.map(lambda ids: (*ids, vocabulary - 1)), None),
-    )
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
-    vocabulary = draw(st.sampled_from([1, 2, 7, 63, 64, 65, 128, 200, 777]))
-    size = draw(st.integers(1, 6))
-    logits = np.stack([draw(logits_rows(vocabulary)) for _ in range(size)])
-    # The token that nothing excludes stays possible.
-    logits[:, -1] = np.where(np.isinf(logits[:, -1]), 0.0, logits[:, -1])
-    return torch.from_numpy(logits), [draw(sample_rows(vocabulary)) for _ in range(size)]
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 class TestAgainstOracle:
@@ -384,59 +303,3 @@ class TestFailures:
         assert drawn.token_ids == [0, 2, 0]
         assert sorted(drawn.failed) == [0, 2]
         assert all("no token is left" in reason for reason in drawn.failed.values())
-
-
-class TestLogprobs:
-    def test_values_ranks_and_top_are_those_of_the_softmax(self) -> None:
-        logits = torch.randn(6, 5000) * 3
-        exact = torch.log_softmax(logits.double(), dim=-1)
-        targets = [0, 17, 4999, *logits[3:].argmax(-1).tolist()]
-        for i, entry in enumerate(token_logprobs(logits, targets, top=5)):
-            assert entry.token_id == targets[i]
-            assert entry.logprob == pytest.approx(float(exact[i, targets[i]]), abs=1e-6)
-            assert entry.rank == int((exact[i] > exact[i, targets[i]]).sum()) + 1
-            values, ids = exact[i].topk(5)
-            assert [token for token, _ in entry.top] == ids.tolist()
-            assert [p for _, p in entry.top] == pytest.approx(values.tolist(), abs=1e-6)
-
-    def test_they_are_of_the_raw_logits(self) -> None:
-        logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-        plain = sample(logits, [make_row(temperature=0, logprobs=4)]).logprobs[0]
-        row = make_row(
-            temperature=0.3, top_k=1, logprobs=4, logit_bias={0: 5.0}, banned=[3], output=[1], presence_penalty=2
-        )
-        changed = sample(logits, [row]).logprobs[0]
-        assert plain is not None and changed is not None
-        assert (plain.token_id, plain.rank) == (3, 1)
-        assert (changed.token_id, changed.rank) == (0, 4)
-        assert changed.top == plain.top
-        assert changed.logprob == plain.top[3][1]
-
-    def test_each_row_gets_what_it_asked_for(self) -> None:
-        rows = [make_row(logprobs=asked, temperature=0) for asked in (None, 0, 2, 5)]
-        found = sample(torch.randn(4, 50), rows).logprobs
-        assert [None if entry is None else len(entry.top) for entry in found] == [None, 0, 2, 5]
-
-    def test_equal_logits_share_a_rank_and_are_listed_lowest_first(self) -> None:
-        logits = torch.zeros(1, 1000)
-        logits[0, 400] = 1.0
-        entry = token_logprobs(logits, [999], top=4)[0]
-        assert entry.rank == 2
-        assert [token for token, _ in entry.top] == [400, 0, 1, 2]
-
-    def test_impossible_tokens_are_not_listed(self) -> None:
-        entry = token_logprobs(torch.tensor([[0.0, -math.inf, 0.0, -math.inf]]), [1], top=4)[0]
-        assert [token for token, _ in entry.top] == [0, 2]
-        assert entry.logprob == -math.inf
-
-    def test_long_prompts_are_the_same_in_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        logits, targets = torch.randn(50, 300), list(range(50))
-        whole = token_logprobs(logits, targets, top=2)
-        monkeypatch.setattr("engine.sampling.logprobs._SCRATCH_FLOATS", 7 * 300)
-        assert token_logprobs(logits, targets, top=2) == whole
-
-    def test_wrong_targets_are_named(self) -> None:
-        with pytest.raises(ValueError, match="target token 12 is not in the vocabulary of 10"):
-            token_logprobs(torch.zeros(1, 10), [12], top=0)
-        with pytest.raises(ValueError, match="one target for each of 2 rows"):
-            token_logprobs(torch.zeros(2, 10), [1], top=0)

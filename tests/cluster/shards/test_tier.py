@@ -1,86 +1,25 @@
 """Pages of a group overflow as those of one rank would: there when all parts are, and whatever goes wrong with one part
 costs time alone."""
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import msgpack
 import numpy as np
 import pytest
-import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.kv.wire import WireError
-from cluster.shards.door import Doors
-from cluster.shards.tier import GroupTier, RankTier
-from cluster.shards.tier_wire import Fetch, Fetched, News, Saved, Saves, State, decode, encode
-from engine.batch import Batch, StepOutput
+from cluster.shards.tier_wire import Fetch, Fetched, GiveUp, News, Saved, Saves, State, decode, encode
 from engine.config import SchedulerConfig
 from engine.engine import Engine
 from engine.kv import tier
 from engine.kv.pages import PagePool
-from engine.kv.tier import Answer, Load, Loaded, Save
+from engine.kv.tier import Load, Loaded, Save
 from engine.limits import Limits
 from engine.scheduler import Scheduler
+from tests.cluster.shards.group_tiers import KEYS, PAGE_TOKENS, PAGES, AllRanks, answers, filled, group_of, until
 from tests.engine.fake_tier import Contents, FakeTier, at_random
 from tests.engine.fakes import VOCAB, LedgerRunner, run_to_end
 from tests.engine.rig import expected, request
-
-PATIENCE_S = 5.0
-KEYS = [bytes([index]) * 32 for index in range(1, 9)]
-PAGES, PAGE_TOKENS = 24, 2
-
-
-@contextmanager
-def group_of(*clients: FakeTier) -> Iterator[GroupTier]:
-    """A group's tier over those of its ranks, once it has heard of all."""
-    with TemporaryDirectory() as folder, zmq.Context() as context:
-        doors = Doors(context, [True] * len(clients), "127.0.0.1", Path(folder))
-        failures: list[Exception] = []
-        ranks = [
-            RankTier(door.connect(context, door.pages), client, failures.append)
-            for door, client in zip(doors.of_ranks, clients, strict=True)
-        ]
-        made = GroupTier(doors.pages)
-        try:
-            yield made
-        finally:
-            for rank in ranks:
-                rank.close()
-            for socket in (*doors.work, *doors.pulse, *doors.pages):
-                socket.close()
-            doors.close()
-        assert failures == []
-
-
-def until(made: GroupTier, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        assert made.poll(0.01) == []
-
-
-def answers(made: GroupTier, count: int) -> list[Answer]:
-    found: list[Answer] = []
-    deadline = time.monotonic() + PATIENCE_S
-    while len(found) < count:
-        assert time.monotonic() < deadline, f"{len(found)} answers of {count}"
-        found += made.poll(0.01)
-    return found
-
-
-def filled(client: FakeTier) -> LedgerRunner:
-    """A rank's pages; page n holds the number n."""
-    runner = LedgerRunner(16, PAGE_TOKENS)
-    for page in range(16):
-        runner.fill(page, [page, page])
-    client.attach(runner)
-    return runner
 
 
 def test_a_page_is_saved_once_all_ranks_have_and_refused_if_one_has_not() -> None:
@@ -126,26 +65,6 @@ def test_another_host_of_any_rank_is_another_host() -> None:
         assert not made.may_have(KEYS[0]), "what the one before had is gone"
 
 
-class AllRanks:
-    """Ranks in this process, every one of which runs every batch, `depth` of them in flight."""
-
-    failure = None
-
-    def __init__(self, runners: list[LedgerRunner], depth: int) -> None:
-        self.depth = depth
-        self._runners = runners
-        self._outputs: deque[StepOutput] = deque()
-
-    def submit(self, batch: Batch) -> None:
-        self._outputs.append([runner.run(batch) for runner in self._runners][-1])
-
-    def collect(self) -> StepOutput:
-        return self._outputs.popleft()
-
-    def close(self) -> None:
-        pass
-
-
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**32), ranks=st.integers(1, 3), depth=st.integers(1, 3))
 def test_no_disturbance_of_a_rank_s_tier_changes_a_token(seed: int, ranks: int, depth: int) -> None:
@@ -180,11 +99,12 @@ news = st.builds(
     st.lists(st.builds(Fetched, numbers, numbers, seconds, seconds), max_size=3).map(tuple),
     states,
 )
+give_ups = st.builds(GiveUp, numbers)
 saves = st.builds(Saves, st.lists(st.builds(Save, keys, keys | st.just(b""), numbers), max_size=3).map(tuple))
 
 
-@given(message=news | saves)
-def test_what_is_said_of_pages_arrives(message: News | Saves) -> None:
+@given(message=news | saves | give_ups)
+def test_what_is_said_of_pages_arrives(message: News | Saves | GiveUp) -> None:
     assert decode(encode(message)) == message
 
 
@@ -198,13 +118,20 @@ def test_what_is_asked_for_arrives(ticket: int, pages: list[tuple[bytes, int]]) 
     assert got.recompute.tolist() == recompute.tolist()
 
 
-@given(data=st.binary(max_size=100), message=news | saves, place=st.integers(0, 3), other=st.integers() | st.binary())
-def test_what_is_no_message_is_refused(data: bytes, message: News | Saves, place: int, other: int | bytes) -> None:
+@given(
+    data=st.binary(max_size=100),
+    message=news | saves | give_ups,
+    place=st.integers(0, 3),
+    other=st.integers() | st.binary(),
+)
+def test_what_is_no_message_is_refused(
+    data: bytes, message: News | Saves | GiveUp, place: int, other: int | bytes
+) -> None:
     content = msgpack.unpackb(encode(message))
     content[min(place, len(content) - 1)] = other if not isinstance(other, int) else other % 2**63
     for each in (data, msgpack.packb(content)):
         try:
-            assert isinstance(decode(each), News | Saves | Fetch)
+            assert isinstance(decode(each), News | Saves | Fetch | GiveUp)
         except WireError:
             continue
 
