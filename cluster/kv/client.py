@@ -4,6 +4,7 @@ Owns one thread, which talks to the host and makes all copies: between the devic
 is one copy, with a checksum on the way. Knows no sequence. When the host is gone nothing is there, until it is back.
 """
 
+import itertools
 import logging
 import selectors
 import socket
@@ -19,6 +20,7 @@ from cluster.kv.allowance import Allowance
 from cluster.kv.checksum import crc32c
 from cluster.kv.commits import Commits
 from cluster.kv.connection import Connection, HostRefused, connect
+from cluster.kv.grants import Grants
 from cluster.kv.loads import MEMORY_GUESS, LoadCosts, RunningLoad
 from cluster.kv.segment import SegmentError
 from cluster.kv.wire import (
@@ -103,10 +105,7 @@ class TierClient:
         self._num_uncopied = 0
         """Pages that were refused without a copy, and whose part of the bandwidth is to be given back."""
         self._commits = Commits()
-        self._grants = True
-        """Whether the host lends slots; if not, no more pages are taken than there are slots for."""
-        self._starved_at: float | None = None
-        """Since when pages have waited for a slot; None while none do."""
+        self._grants = Grants(GRANT_PATIENCE_S, clock)
         self._allowance = Allowance(bandwidth.save, memory.page_bytes, clock)
         self._load_costs = LoadCosts(memory.page_bytes)
         self._save_cost = CopyCost(MEMORY_GUESS * memory.page_bytes)
@@ -116,7 +115,10 @@ class TierClient:
         self._closing = False
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
+        self._numbers = itertools.count()
         self._running: dict[int, RunningLoad] = {}
+        """By a number of each load's own: tickets are used again, and what the host still says of a load that has ended
+        must not be taken for a part of the next."""
         self._thread = threading.Thread(target=self._run, name="kv-tier", daemon=True)
         self._thread.start()
 
@@ -139,7 +141,7 @@ class TierClient:
         free = MAX_QUEUED - self._num_saving
         if connection is None:
             return free  # they are refused at once: what nobody takes must not pile up
-        if not self._grants:
+        if not self._grants.lends:  # no more are taken than there are slots for
             free = min(free, len(connection.credits) - self._num_saving)
         return max(0, min(free, self._allowance.pages()))
 
@@ -245,7 +247,7 @@ class TierClient:
             return
         with connect(path, self._hello) as connection:
             self._num_hosts += 1
-            self._connection, self._grants, self._starved_at = connection, True, None
+            self._connection, self._grants = connection, Grants(GRANT_PATIENCE_S, self._clock)
             logger.info("KV host at %s: %d pages", path, connection.segment.num_slots)
             while not self._closing:
                 for message in connection.receive(self._woken, self._patience()):
@@ -277,9 +279,9 @@ class TierClient:
                 if load.ticket in self._given_up:
                     self._answer(Loaded(load.ticket, 0))
                     continue
-                now = self._clock()
-                self._running[load.ticket] = RunningLoad(load, now, now)
-                connection.send(Find(load.ticket, load.keys))
+                number, now = next(self._numbers), self._clock()
+                self._running[number] = RunningLoad(number, load, now, now)
+                connection.send(Find(number, load.keys))
             saves: list[Save] = []
             entries: list[Entry] = []
             while self._saves and connection.credits and not self._loads and len(entries) < MAX_COMMIT:
@@ -288,40 +290,27 @@ class TierClient:
             if entries:
                 self._commits.add(saves, self._clock())
                 connection.send(Commit(entries))
-        self._await_slots()
-
-    def _await_slots(self) -> None:
-        """Refuses the pages that wait once the host has lent no slot for too long.
-
-        All of them: those behind one that is not there could not be found.
-        """
-        if not self._saves:
-            self._starved_at = None
-        elif self._starved_at is None:
-            self._starved_at = self._clock()
-        elif self._clock() - self._starved_at >= GRANT_PATIENCE_S:
-            self._grants, self._starved_at = False, None
+        if self._grants.is_overdue(bool(self._saves)):
+            # All of them: those behind one that is not there could not be found.
             self._refuse_saves()
 
     def _patience(self) -> float:
         """Seconds that the host may be silent before something is to be done."""
         now = self._clock()
         due = [heard + ANSWER_TIMEOUT_S for heard in (now, *(running.heard for running in self._running.values()))]
-        if self._starved_at is not None:
-            due.append(self._starved_at + GRANT_PATIENCE_S)
-        due.append(self._commits.oldest() + GRANT_PATIENCE_S)
+        due += [self._grants.due(), self._commits.oldest() + GRANT_PATIENCE_S]
         return max(0.0, min(due) - now)
 
     def _handle(self, connection: Connection, message: Message) -> None:
         match message:
             case Grant(slots):
                 connection.credits.extend(slots)
-                self._grants, self._starved_at = True, None
-            case Found(ticket):
-                if (running := self._running.get(ticket)) is not None:
+                self._grants.came()
+            case Found(number):
+                if (running := self._running.get(number)) is not None:
                     self._found(connection, running, message)
-            case Ready(ticket):
-                if (running := self._running.get(ticket)) is not None:
+            case Ready(number):
+                if (running := self._running.get(number)) is not None:
                     self._ready(connection, running, message)
             case Committed(dropped):
                 self._committed(frozenset(dropped))
@@ -349,7 +338,7 @@ class TierClient:
     def _found(self, connection: Connection, running: RunningLoad, found: Found) -> None:
         in_memory = running.decide(found.slots, self._load_costs, self._choose, self._clock())
         if running.slow:
-            connection.send(Fetch(running.load.ticket, running.wanted))
+            connection.send(Fetch(running.number, running.wanted))
         self._copy_in(connection, running, found.slots[:in_memory], found.crcs[:in_memory], timed=True)
 
     def _ready(self, connection: Connection, running: RunningLoad, ready: Ready) -> None:
@@ -387,11 +376,11 @@ class TierClient:
             time.sleep(max(0.0, due - self._clock()))
 
     def _end(self, connection: Connection, running: RunningLoad) -> None:
-        connection.send(Release(running.load.ticket))
+        connection.send(Release(running.number))
         self._finish(running)
 
     def _finish(self, running: RunningLoad) -> None:
-        del self._running[running.load.ticket]
+        del self._running[running.number]
         self._stats.pages_loaded += running.copied
         self._answer(running.end(self._load_costs, self._clock()))
 

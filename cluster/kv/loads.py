@@ -36,6 +36,8 @@ class LoadCosts:
 class RunningLoad:
     """A load that has not been answered."""
 
+    number: int
+    """By which the host knows it."""
     load: Load
     began: float
     heard: float

@@ -9,11 +9,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cluster.kv.backing import Disk
 from cluster.kv.checksum import crc32c
 from cluster.kv.peers import PageCopy, Peers
 from cluster.kv.segment import Segment
@@ -24,7 +24,6 @@ from cluster.kv.wire import ELSEWHERE, ON_DISK, Entry
 
 logger = logging.getLogger(__name__)
 
-View = NDArray[np.uint8]
 T = TypeVar("T")
 
 HOST = "host"
@@ -43,48 +42,6 @@ CLOSE_PATIENCE_S = 1.5
 """For what is under way when a store closes, and for pages to be written then."""
 LAST_WRITE_S = 1.0
 """When a store closes, no further piece is begun after so long: there is to be time to end the last one."""
-
-
-class Disk(Protocol):
-    """The pages of this layout on disk. No call raises: what cannot be written or read is not there."""
-
-    @property
-    def writable(self) -> bool: ...
-
-    @property
-    def readable(self) -> bool:
-        """Whether pages can be read now."""
-        ...
-
-    @property
-    def capacity(self) -> int:
-        """Pages that there is room for."""
-        ...
-
-    def __contains__(self, key: bytes) -> bool:
-        """Whether the page is on disk, readable or not."""
-        ...
-
-    def has_followers(self, key: bytes) -> bool:
-        """Whether pages on disk follow this one, which may not be there."""
-        ...
-
-    async def write(self, pages: Sequence[tuple[Page, View]]) -> None:
-        """Writes what is not there yet; the views must not change meanwhile."""
-        ...
-
-    async def read(self, keys: Sequence[bytes], views: Sequence[View]) -> list[tuple[bytes, int] | None]:
-        """Fills the views; by page, its parent and CRC, or None if it cannot be had.
-
-        However long that takes: until it returns a thread may write to the views.
-        """
-        ...
-
-    def rest(self, until: "asyncio.Future[Any]") -> None:
-        """This read hangs: until it has come to its end, and some time after, nothing is readable."""
-        ...
-
-    async def close(self) -> None: ...
 
 
 class Store:

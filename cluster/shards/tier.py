@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import zmq
@@ -238,10 +238,6 @@ class RankTier:
         self._client = client
         self._on_failure = on_failure
         self._awaited = self._received = 0
-        self._numbers = itertools.count()
-        self._tickets: dict[int, int] = {}
-        """The group's tickets of loads, by ours. The group uses one again once its load is over; what a host may still
-        send for a load that was given up must not be taken for a part of the next."""
         self._untold: list[Answer] = []
         self._told: State | None = None
         self._closing = False
@@ -259,7 +255,7 @@ class RankTier:
                     self._obey(self._socket.recv())
                 answers = self._client.poll()
                 self._awaited -= len(answers)
-                self._untold += [self._for_group(answer) for answer in answers]
+                self._untold += answers
                 self._report()
         except Exception as error:
             logger.exception("Pages of this rank do not overflow any more")
@@ -276,19 +272,12 @@ class RankTier:
                 self._client.save(list(pages))
             case Fetch(ticket, keys, pages, recompute):
                 self._awaited += 1
-                seconds, number = recompute.tolist(), next(self._numbers)
-                self._tickets[number] = ticket
-                self._client.load(Load(number, list(keys), list(pages), seconds.__getitem__))
+                seconds = recompute.tolist()
+                self._client.load(Load(ticket, list(keys), list(pages), seconds.__getitem__))
             case GiveUp(ticket):
-                for number in [ours for ours, theirs in self._tickets.items() if theirs == ticket]:
-                    self._client.give_up(number)
+                self._client.give_up(ticket)
             case other:
                 raise WireError(f"the group sent a {type(other).__name__}")
-
-    def _for_group(self, answer: Answer) -> Answer:
-        if isinstance(answer, Loaded):
-            return replace(answer, ticket=self._tickets.pop(answer.ticket))
-        return answer
 
     def _report(self) -> None:
         """Tells what is news; again, if the group does not take it now."""

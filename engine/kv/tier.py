@@ -105,7 +105,8 @@ class Tier(Protocol):
         """Begins to copy pages; each is answered by a `Saved`."""
 
     def load(self, load: Load) -> None:
-        """Begins to bring pages back, if that should be faster than to compute them; answered by a `Loaded`."""
+        """Begins to bring pages back, if that should be faster than to compute them; answered by a `Loaded`. Its ticket
+        may be that of a load that has been answered, given up or not: nothing of that one is left."""
 
     def give_up(self, ticket: int) -> None:
         """A load that has not been answered is not waited for any more: it may end with the pages that it has brought.

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -308,6 +309,29 @@ def test_pages_that_wait_for_slots_of_a_silent_host_are_given_back(
     eventually(lambda: client.room() >= 100)
     assert all(save(client, keys))
     assert load(client, keys, first_page=100).num_pages == 100
+
+
+@pytest.mark.parametrize(("given_up", "again"), [(slice(5, 20), slice(0, 15)), (slice(0, 15), slice(5, 10))])
+def test_what_a_silent_host_says_later_of_a_load_is_not_taken_for_the_next_of_its_ticket(
+    host: Host, connect: Callable[..., TierClient], given_up: slice, again: slice
+) -> None:
+    host.start("2MiB")
+    pages, keys = Pages(20), keys_of(20)
+    client = connect(pages)
+    assert all(save(client, keys))
+    host.send(signal.SIGSTOP)
+    client.load(Load(1, keys[given_up], list(range(20, 35)), lambda count: 1e6 * (20 - count)))
+    assert not client.poll(0.2)
+    client.give_up(1)
+    assert answers_of(client, 1) == [Loaded(1, 0, ANY, 0.0, 0.0)]
+    client.load(Load(1, keys[again], list(range(20, 35)), lambda count: 1e6 * (20 - count)))
+    assert not client.poll(0.2)
+    host.send(signal.SIGCONT)
+    (answer,) = answers_of(client, 1)
+    expected = pages.bytes[:20][again]
+    assert isinstance(answer, Loaded) and answer.num_pages == len(expected)
+    assert np.array_equal(pages.bytes[20 : 20 + len(expected)], expected)
+    assert client.stats().failures == 0
 
 
 def test_saving_keeps_to_its_bandwidth(host: Host, connect: Callable[..., TierClient]) -> None:

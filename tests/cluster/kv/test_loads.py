@@ -13,7 +13,8 @@ PAGE_BYTES = 1000
 def running(num_pages: int, page_seconds: float = 1.0) -> RunningLoad:
     keys = [bytes([number]) * 32 for number in range(num_pages)]
     pages = list(range(num_pages))
-    return RunningLoad(Load(1, keys, pages, lambda loaded: page_seconds * (num_pages - loaded)), began=10.0, heard=10.0)
+    load = Load(1, keys, pages, lambda loaded: page_seconds * (num_pages - loaded))
+    return RunningLoad(7, load, began=10.0, heard=10.0)
 
 
 def test_what_is_in_memory_is_taken_at_once_and_what_is_not_is_fetched() -> None:

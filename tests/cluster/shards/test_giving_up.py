@@ -45,6 +45,7 @@ class ByHand(FakeTier):
 
     def load(self, load: Load) -> None:
         self.load_, self._copied = load, 0
+        self.given_up = [ticket for ticket in self.given_up if ticket != load.ticket]
 
     def poll(self, timeout_s: float = 0.0) -> list[Answer]:
         load = self.load_
