@@ -63,7 +63,7 @@ class Door:
         return FarLink(made)
 
     def connect(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str) -> "zmq.Socket[bytes]":
-        """A socket at the rank's end of one of the others."""
+        """A ZeroMQ socket at the rank's end of one of these."""
         made = socket(context)
         # Once lost, a connection stays lost: what was on its way is gone, and a batch must not be skipped.
         made.reconnect_ivl = -1

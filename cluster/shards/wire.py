@@ -102,8 +102,8 @@ def decode(data: bytes | bytearray) -> Message:
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 # Every rank reads a batch before it computes, with caches that its weights, or whoever had the processor while it
-# waited, have emptied: what counts is how much code it runs through, and not how often. An operation of numpy's on
-# arrays costs 10 us then, a msgpack of nothing as much, and a loop over some hundred integers less.
+# waited, have emptied: what counts is how much code it runs through, and not how often. So the checks are made on plain
+# integers, which takes 23 us then for 32 sequences, and 64 with numpy's operations on arrays; for 256 it is the same.
 
 _Rest = tuple[dict[int, Edit], dict[int, int], tuple[PromptLogprobRow, ...]]
 """Edits, logprobs and logprobs of prompts, which few batches have."""
