@@ -306,6 +306,8 @@ class ShardGroup:
 
     def _on_loss(self, loss: Loss) -> None:
         """On the channel's thread: whoever owns the group may not ask for anything for hours."""
+        if self._ended:  # they are lost because we have ended them
+            return
         logger.error("%s; the whole group ends", self._blame(loss))
         self._end_ranks()
 

@@ -234,7 +234,7 @@ def body_length(prefix: bytes) -> int:
     return length
 
 
-def open_message(body: bytes, kinds: Sequence[K]) -> tuple[K, list[Any]]:
+def open_message(body: bytes | bytearray, kinds: Sequence[K]) -> tuple[K, list[Any]]:
     """What stands among `kinds` in the place that is a message's kind, and its fields, unchecked. Raises WireError."""
     try:
         content = msgpack.unpackb(body)

@@ -20,6 +20,7 @@ import zmq
 
 from cluster.kv.wire import WireError
 from cluster.shards.door import Door, Doors
+from cluster.shards.link import Link
 from cluster.shards.watch import BEAT_S, Loss, Watch
 from cluster.shards.wire import Alive, Beat, Fault, Message, decode, encode, without_edits
 from engine.batch import Batch
@@ -31,6 +32,7 @@ CONNECT_TIMEOUT_S = 20.0
 GROUP_PATIENCE_S = 5.0
 """How long a rank goes on without hearing of its group."""
 CLOSE_TIMEOUT_S = 2.0
+_ENDED = "its process has ended"
 
 
 class ChannelClosed(Exception):
@@ -47,14 +49,22 @@ class GroupChannel:
         before `receive` raises. Raises OSError."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._doors = Doors(self._context, near, address, parent)
-        self._answers = self._doors.work[answering]
+        self._near = list(near)
+        self._answering = answering
+        # Far ones first: what they get is encrypted and on its way while the others are written to.
+        self._order = sorted(range(len(near)), key=self._near.__getitem__)
+        self._links: list[Link] = []
+        """By rank, once it has come."""
         self._on_loss = on_loss
         self._watch = Watch(len(near))
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._news_bell, self._lost_bell = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
         self._poller = zmq.Poller()
-        self._poller.register(self._answers, zmq.POLLIN)
+        """For what `receive` waits for."""
         self._poller.register(self._lost_bell, zmq.POLLIN)
+        self._pulse_poller = zmq.Poller()
+        self._ends: dict[object, int] = {}
+        """Links that end with the process at their other end, and its rank."""
         self._closing = self._closed = False
         self.loss: Loss | None = None
         """The rank that was lost, if one was."""
@@ -91,14 +101,14 @@ class GroupChannel:
 
         Nothing is sent before: it would be lost on whoever is not there yet.
         """
-        for rank, socket in enumerate(self._doors.work):
-            poller = zmq.Poller()
-            poller.register(socket, zmq.POLLIN)
-            poller.register(self._lost_bell, zmq.POLLIN)
-            if socket not in dict(poller.poll(_milliseconds(CONNECT_TIMEOUT_S))):
-                self._give_up(rank, f"it has not come in {CONNECT_TIMEOUT_S:g} s")
-            socket.recv()
-        self._tell(self._watch.arm)
+        for rank, entrance in enumerate(self._doors.work):
+            self._await(rank, entrance.readable)
+            link = entrance.admit()
+            self._links.append(link)
+            self._await(rank, link.readable)
+            self._receive(rank)
+        self._poller.register(self._links[self._answering].readable, zmq.POLLIN)
+        self._tell(self._follow)
 
     def gone(self, rank: int, reason: str) -> None:
         """The process of a rank has ended."""
@@ -112,20 +122,21 @@ class GroupChannel:
         whole = rest = encode(message)
         if isinstance(message, Batch) and message.samples.edits:
             rest = encode(without_edits(message))
-        for rank, socket in enumerate(self._doors.work):
+        for rank in self._order:
             try:
-                socket.send(whole if socket is self._answers else rest, zmq.NOBLOCK)
-            except zmq.Again:
+                self._links[rank].send(whole if rank == self._answering else rest)
+            except TimeoutError:
                 self._give_up(rank, "it takes no more messages")
+            except ConnectionError:
+                self._give_up(rank, _ENDED)
 
     def receive(self) -> Message:
         """The next message of the answering rank. Raises ChannelClosed when a rank is lost, and WireError."""
         if self._closed:
             raise ChannelClosed
-        ready = dict(self._poller.poll())
-        if self._answers not in ready:
+        if self._links[self._answering].readable not in dict(self._poller.poll()):
             raise ChannelClosed
-        return decode(self._answers.recv())
+        return decode(self._receive(self._answering))
 
     def close(self) -> None:
         """Closes the sockets and removes their files; ranks that are still there end themselves."""
@@ -136,12 +147,28 @@ class GroupChannel:
         if self._pulse is not threading.current_thread():
             self._pulse.join(CLOSE_TIMEOUT_S)
         self._closed = True
-        for socket in (*self._doors.work, *self._doors.pages):
+        for link in self._links:
+            link.close()
+        for socket in self._doors.pages:
             socket.close()
         self._doors.close()
         self._context.destroy()
         for bell in (self._news_bell, self._lost_bell):
             os.close(bell)
+
+    def _await(self, rank: int, readable: "int | zmq.Socket[bytes]") -> None:
+        """Waits for something that a rank does while it starts."""
+        poller = zmq.Poller()
+        poller.register(readable, zmq.POLLIN)
+        poller.register(self._lost_bell, zmq.POLLIN)
+        if readable not in dict(poller.poll(_milliseconds(CONNECT_TIMEOUT_S))):
+            self._give_up(rank, f"it has not come in {CONNECT_TIMEOUT_S:g} s")
+
+    def _receive(self, rank: int) -> bytearray:
+        try:
+            return self._links[rank].receive()
+        except ConnectionError:
+            self._give_up(rank, _ENDED)
 
     def _give_up(self, rank: int, reason: str) -> NoReturn:
         """Takes a rank for lost, unless another one is."""
@@ -160,15 +187,19 @@ class GroupChannel:
 
     def _listen(self) -> None:
         sockets = {socket: rank for rank, socket in enumerate(self._doors.pulse)}
-        poller = zmq.Poller()
+        poller = self._pulse_poller
         for socket in sockets:
             poller.register(socket, zmq.POLLIN)
         poller.register(self._news_bell, zmq.POLLIN)
         said_at = 0.0
         while not self._closing:
+            # In the order in which they were registered: what a rank has said comes before its end.
             for ready, _ in poller.poll(_milliseconds(BEAT_S)):
                 if ready in sockets:
                     self._hear(sockets[ready], ready)
+                elif ready in self._ends:
+                    poller.unregister(ready)
+                    self._watch.gone(self._ends[ready], _ENDED)
                 else:
                     self._read_news()
             if time.monotonic() - said_at >= 2 * BEAT_S:
@@ -178,6 +209,14 @@ class GroupChannel:
                 self._lose(loss)
         for socket in sockets:
             socket.close()
+
+    def _follow(self) -> None:
+        """All ranks are there: from now on each is to be heard, and those of this node are not to end."""
+        self._watch.arm()
+        for rank, link in enumerate(self._links):
+            if self._near[rank]:
+                self._ends[link.readable] = rank
+                self._pulse_poller.register(link.readable, zmq.POLLERR)
 
     def _hear(self, rank: int, socket: "zmq.Socket[bytes]") -> None:
         with contextlib.suppress(zmq.Again):
@@ -223,15 +262,16 @@ class RankChannel:
         self, door: Door, on_orphaned: Callable[[], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         """Connects, and begins to beat. `on_orphaned` is called on the pulse's thread when nothing is heard of the
-        group. Raises ConnectionError."""
+        group, and by `receive` when it has ended. Raises ConnectionError."""
         self._door = door
         self._on_orphaned = on_orphaned
         self._clock = clock
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._work = door.connect(self._context, door.work)
-        if not self._work.poll(_milliseconds(CONNECT_TIMEOUT_S), zmq.POLLOUT):
+        try:
+            self._link = door.link(self._context, CONNECT_TIMEOUT_S)
+        except ConnectionError as error:
             self._context.destroy()
-            raise ConnectionError(f"rank {door.rank} does not reach its group at {door.work}")
+            raise ConnectionError(f"rank {door.rank} does not reach its group: {error}") from None
         self.send(Beat(0, 0.0))
         self.finished = 0
         """Batches that were run: told with each beat, as is `waited_s`."""
@@ -244,12 +284,18 @@ class RankChannel:
         self._pulse.start()
 
     def receive(self) -> Message:
-        """Waits for the next message of the group. Raises WireError."""
-        return decode(self._work.recv())
+        """Waits for the next message of the group. Raises ChannelClosed where the group has ended, and WireError."""
+        try:
+            data = self._link.receive()
+        except ConnectionError:
+            self._on_orphaned()
+            raise ChannelClosed from None
+        return decode(data)
 
     def send(self, message: Message) -> None:
-        """Raises WireError, and zmq.Again where the group does not take what was sent before."""
-        self._work.send(encode(message), zmq.NOBLOCK)
+        """Raises WireError, TimeoutError where the group does not take what was sent before, and ConnectionError where
+        it has ended."""
+        self._link.send(encode(message))
 
     def pages(self) -> "zmq.Socket[bytes]":
         """A socket for what is said of pages, for whichever thread does so, which also closes it."""
@@ -269,7 +315,7 @@ class RankChannel:
         _ring(self._bell)
         if self._pulse is not threading.current_thread():
             self._pulse.join(CLOSE_TIMEOUT_S)
-        self._work.close()
+        self._link.close()
         self._context.destroy()
         os.close(self._bell)
 

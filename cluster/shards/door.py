@@ -17,9 +17,11 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from cluster.shards.fields import MAX_BYTES
+from cluster.shards.link import Entrance, FarLink, Link, NearEntrance, NearLink
 
 HIGH_WATER = 1024
 """Messages that may wait at either end of a socket: far more than there are batches in flight."""
+_NEAR = "unix://"
 _PREFIX = "ranks-"
 _LOCK = "lock"
 _LONGEST_PATH = 100
@@ -50,8 +52,18 @@ class Door:
     folder: str = ""
     """To be removed when nobody else is left to do so; empty for a rank of another node."""
 
+    def link(self, context: "zmq.Context[zmq.Socket[bytes]]", timeout_s: float) -> Link:
+        """The rank's end of what carries its batches. Raises ConnectionError."""
+        if self.work.startswith(_NEAR):
+            return NearLink.to(self.work.removeprefix(_NEAR))
+        made = self.connect(context, self.work)
+        if not made.poll(int(1000 * timeout_s), zmq.POLLOUT):
+            made.close()
+            raise ConnectionError(f"nobody answers at {self.work}")
+        return FarLink(made)
+
     def connect(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str) -> "zmq.Socket[bytes]":
-        """A socket at the rank's end of one of these."""
+        """A ZeroMQ socket at the rank's end of one of these."""
         made = socket(context)
         # Once lost, a connection stays lost: what was on its way is gone, and a batch must not be skipped.
         made.reconnect_ivl = -1
@@ -64,7 +76,7 @@ class Door:
 
 
 class Doors:
-    """The group's end: three bound sockets for each rank."""
+    """The group's end: three open sockets for each rank."""
 
     def __init__(
         self, context: "zmq.Context[zmq.Socket[bytes]]", near: Sequence[bool], address: str, parent: Path
@@ -80,14 +92,14 @@ class Doors:
             self._public, self._secret = zmq.curve_keypair()
             self._guard = ThreadAuthenticator(context)
             self._guard.start()
-        self.work: list[zmq.Socket[bytes]] = []
+        self.work: list[Entrance] = []
         self.pulse: list[zmq.Socket[bytes]] = []
         self.pages: list[zmq.Socket[bytes]] = []
         try:
             self.of_ranks = [
                 self._near(rank) if is_near else self._far(rank, address) for rank, is_near in enumerate(near)
             ]
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, OSError) as error:
             self.close()
             raise OSError(f"no socket for ranks on {address}: {error}") from error
 
@@ -96,7 +108,9 @@ class Doors:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Lets nobody in any more. The sockets are closed by those who use them."""
+        """Lets nobody in any more. Other sockets than those of `work` are closed by those who use them."""
+        for entrance in self.work:
+            entrance.close()
         if self._guard is not None:
             self._guard.stop()
             self._guard = None
@@ -106,30 +120,34 @@ class Doors:
             self._lock = None
 
     def _near(self, rank: int) -> Door:
-        endpoints = [f"ipc://{self.folder}/{kind}{rank}" for kind in ("work", "pulse", "pages")]
-        for sockets, endpoint in zip((self.work, self.pulse, self.pages), endpoints, strict=True):
+        work = self.folder / f"work{rank}"
+        self.work.append(NearEntrance(work))
+        pulse, pages = (f"ipc://{self.folder}/{kind}{rank}" for kind in ("pulse", "pages"))
+        for sockets, endpoint in ((self.pulse, pulse), (self.pages, pages)):
             sockets.append(socket(self._context))
             sockets[-1].bind(endpoint)
-        work, pulse, pages = endpoints
-        return Door(rank, work, pulse, pages, folder=str(self.folder))
+        return Door(rank, f"{_NEAR}{work}", pulse, pages, folder=str(self.folder))
 
     def _far(self, rank: int, address: str) -> Door:
         public, secret = zmq.curve_keypair()
         assert self._guard is not None
         domain = f"rank{rank}"
         self._guard.configure_curve_callback(domain, _Only(public))
-        endpoints = []
-        for sockets in (self.work, self.pulse, self.pages):
-            made = socket(self._context)
-            sockets.append(made)
-            made.curve_server = True
-            made.curve_publickey, made.curve_secretkey = self._public, self._secret
-            made.zap_domain = domain.encode()
-            made.ipv6 = ":" in address
-            made.bind(f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*")
-            endpoints.append(made.get_string(zmq.LAST_ENDPOINT).rstrip("\0"))
-        work, pulse, pages = endpoints
+        sockets = [self._encrypted(domain, address) for _ in range(3)]
+        self.work.append(FarLink(sockets[0]))
+        self.pulse.append(sockets[1])
+        self.pages.append(sockets[2])
+        work, pulse, pages = (made.get_string(zmq.LAST_ENDPOINT).rstrip("\0") for made in sockets)
         return Door(rank, work, pulse, pages, Keys(self._public, public, secret))
+
+    def _encrypted(self, domain: str, address: str) -> "zmq.Socket[bytes]":
+        made = socket(self._context)
+        made.curve_server = True
+        made.curve_publickey, made.curve_secretkey = self._public, self._secret
+        made.zap_domain = domain.encode()
+        made.ipv6 = ":" in address
+        made.bind(f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*")
+        return made
 
 
 def _claim(parent: Path) -> tuple[Path, int]:

@@ -22,6 +22,7 @@ I64, I32, U8 = np.dtype("<i8"), np.dtype("<i4"), np.dtype("u1")
 F64, F32 = np.dtype("<f8"), np.dtype("<f4")
 Array = NDArray[Any]
 M = TypeVar("M")
+B = TypeVar("B", bytes, bytearray, bytes | bytearray)
 Kind = tuple[str, int, Callable[..., M]]
 """A message's name, how many fields it has, and what reads them."""
 
@@ -32,16 +33,19 @@ def pack(name: str, content: list[Any]) -> bytes:
         data: bytes = msgpack.packb(content)
     except (ValueError, TypeError, OverflowError) as error:
         raise WireError(f"a {name} that cannot be written: {error}") from None
+    return bounded(name, data)
+
+
+def bounded(name: str, data: B) -> B:
+    """The bytes of a message. Raises WireError for too many."""
     if len(data) > MAX_BYTES:
         raise WireError(f"a {name} of {len(data)} bytes; {MAX_BYTES} are the most")
     return data
 
 
-def unpack(data: bytes, kinds: Sequence[Kind[M]]) -> M:
+def unpack(data: bytes | bytearray, kinds: Sequence[Kind[M]]) -> M:
     """The message, by the kind that is its place among `kinds`. Raises WireError for anything that is not one."""
-    if len(data) > MAX_BYTES:
-        raise WireError(f"{len(data)} bytes; {MAX_BYTES} are the most of a message")
-    (name, count, read), values = open_message(data, kinds)
+    (name, count, read), values = open_message(bounded("message", data), kinds)
     if len(values) != count:
         raise WireError(f"a {name} has {count} fields, got {len(values)}")
     try:

@@ -157,7 +157,7 @@ def test_stages_are_on_nodes_of_their_own_and_the_ranks_of_one_share_theirs(serv
     first, _, second, _ = ranks.nodes
     assert ranks.nodes == [first, first, second, second] and first != second
     # Those of this node come through its files, the others over the network.
-    assert sorted(ranks.doors) == ["ipc", "ipc", "tcp", "tcp"]
+    assert sorted(ranks.doors) == ["tcp", "tcp", "unix", "unix"]
     assert server.ask("left")["actors"] == [f"manta:app:r1:rank {rank}" for rank in range(4)]
     assert "127.0.0.1" not in ranks.addresses
     ends(server, ranks)

@@ -1,7 +1,10 @@
 """What connects a group and its ranks, over real sockets: nothing is lost, and whoever is lost is missed."""
 
+import select
+import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +13,14 @@ import numpy as np
 import pytest
 import zmq
 
+from cluster.kv.wire import WireError
 from cluster.shards import channel as channel_module
 from cluster.shards import door as door_module
+from cluster.shards import link as link_module
 from cluster.shards.channel import ChannelClosed, GroupChannel, RankChannel
 from cluster.shards.door import Door, Keys
 from cluster.shards.fields import MAX_BYTES
+from cluster.shards.link import FarLink, NearLink
 from cluster.shards.watch import Loss
 from cluster.shards.wire import Alive, Beat, without_edits
 from engine.batch import Batch, Edit, StepOutput, StepStats
@@ -116,14 +122,28 @@ def test_a_rank_that_does_not_come_is_lost(rig: Rig, monkeypatch: pytest.MonkeyP
     assert group.loss == Loss(1, "it has not come in 0.2 s")
 
 
-def test_a_rank_that_takes_no_more_is_lost(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("near", [True, False])
+def test_a_rank_that_takes_no_more_is_lost(rig: Rig, monkeypatch: pytest.MonkeyPatch, near: bool) -> None:
     """However long it goes on beating."""
     monkeypatch.setattr(door_module, "HIGH_WATER", 2)
-    group, _ = rig.joined(True, True)
+    monkeypatch.setattr(link_module, "TAKE_TIMEOUT_S", 0.2)
+    group, _ = rig.joined(near, near)
     with pytest.raises(ChannelClosed):
         for step in range(10_000):
             group.send(decodes(32, step=step))
     assert group.loss is not None and group.loss.reason == "it takes no more messages"
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_more_than_a_buffer_holds_waits_for_a_rank_that_is_busy(rig: Rig, near: bool) -> None:
+    group, (rank,) = rig.joined(near)
+    sent = [decodes(64, context=100_000, step=step) for step in range(1, 7)]
+    sender = threading.Thread(target=lambda: deque(map(group.send, sent), maxlen=0))
+    sender.start()
+    time.sleep(0.2)
+    assert all(same(rank.receive(), batch) for batch in sent)
+    sender.join(PATIENCE_S)
+    assert not sender.is_alive() and group.loss is None
 
 
 def test_beats_tell_how_far_a_rank_is(rig: Rig) -> None:
@@ -150,14 +170,25 @@ def test_a_fault_ends_whoever_waits_with_its_reason(rig: Rig) -> None:
 
 
 def test_a_rank_that_says_nothing_any_more_is_lost_in_less_than_two_seconds(rig: Rig) -> None:
-    group, ranks = rig.joined(True, True)
-    until(lambda: ranks[0].finished == 0)
+    group, ranks = rig.joined(False, True)
     ranks[0].close()
     began = time.monotonic()
     with pytest.raises(ChannelClosed):
         group.receive()
     assert group.loss is not None and group.loss.rank == 0 and "silent" in group.loss.reason
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("answering", [0, 1])
+def test_a_rank_of_this_node_that_ends_is_lost_at_once(rig: Rig, answering: int) -> None:
+    """Whether somebody waits for its answer or not."""
+    group, ranks = rig.joined(True, True, answering=answering)
+    began = time.monotonic()
+    ranks[0].close()
+    with pytest.raises(ChannelClosed):
+        group.receive()
+    assert group.loss == Loss(0, "its process has ended") and rig.losses == [group.loss]
+    assert time.monotonic() - began < 0.5
 
 
 def test_a_process_that_is_gone_is_lost_at_once_though_nobody_waits(rig: Rig) -> None:
@@ -170,7 +201,7 @@ def test_a_process_that_is_gone_is_lost_at_once_though_nobody_waits(rig: Rig) ->
 def test_what_had_arrived_before_a_loss_is_still_received(rig: Rig) -> None:
     group, ranks = rig.joined(True, True)
     ranks[0].send(Beat(1, 0.5))
-    assert group._answers.poll(1000 * PATIENCE_S)
+    assert select.select([group._links[0].readable], [], [], PATIENCE_S)[0]
     group.gone(1, "killed")
     until(lambda: group.loss is not None)
     assert group.receive() == Beat(1, 0.5)
@@ -193,6 +224,15 @@ def test_ranks_whose_group_is_gone_notice(rig: Rig, monkeypatch: pytest.MonkeyPa
     assert rig.orphans == [], "the group says that it is alive"
     group.close()
     until(lambda: sorted(rig.orphans) == [0, 1])
+
+
+def test_a_rank_that_waits_notices_at_once(rig: Rig) -> None:
+    group, ranks = rig.joined(True, True)
+    threading.Timer(0.1, group.close).start()
+    began = time.monotonic()
+    with pytest.raises(ChannelClosed):
+        ranks[0].receive()
+    assert rig.orphans == [0] and time.monotonic() - began < 0.5
 
 
 def test_the_folder_of_the_sockets_is_private(rig: Rig) -> None:
@@ -244,10 +284,20 @@ class TestRanksOfOtherNodes:
 
 
 def test_sockets_are_bounded_and_forget_what_was_not_sent(rig: Rig) -> None:
-    group, ranks = rig.joined(True)
-    for socket in (*group._doors.work, *group._doors.pulse, ranks[0]._work):
-        assert socket.linger == 0 and 0 < socket.sndhwm < 10_000 and 0 < socket.rcvhwm < 10_000
-        assert socket.maxmsgsize == MAX_BYTES
+    group, ranks = rig.joined(True, False)
+    far = [each._socket for each in (group._links[1], ranks[1]._link) if isinstance(each, FarLink)]
+    assert len(far) == 2
+    for made in (*far, *group._doors.pulse, *group.pages):
+        assert made.linger == 0 and 0 < made.sndhwm < 10_000 and 0 < made.rcvhwm < 10_000
+        assert made.maxmsgsize == MAX_BYTES
+
+
+def test_more_than_a_message_may_have_is_not_read() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall((MAX_BYTES + 1).to_bytes(4, "little"))
+        with pytest.raises(WireError, match="are the most"):
+            NearLink(ours).receive()
 
 
 def test_what_a_group_that_was_killed_has_left_is_removed_by_the_next(rig: Rig) -> None:

@@ -42,7 +42,7 @@ def test_what_is_said_beside_the_work_arrives(message: wire.Message) -> None:
 
 def test_arrays_that_arrive_can_be_written_to() -> None:
     """torch makes tensors of them, and warns of those that cannot."""
-    got = decode(encode(decodes(2)))
+    got = decode(bytearray(encode(decodes(2))))
     assert isinstance(got, Batch)
     assert got.token_ids.flags.writeable and got.page_table.flags.writeable
 
@@ -64,10 +64,30 @@ def test_what_is_msgpack_and_no_message_is_refused(content: object) -> None:
 @given(batch=batches(), data=st.data())
 def test_a_batch_with_another_field_is_refused_or_fits_together(batch: Batch, data: st.DataObject) -> None:
     """A batch that is let through never points beyond itself: what computes it need not look."""
-    content = msgpack.unpackb(encode(batch))
-    place = data.draw(st.integers(0, len(content) - 1))
-    content[place] = data.draw(plain | st.sampled_from(content))
-    refuses_or_reads(msgpack.packb(content))
+    written = bytearray(encode(batch))
+    place = 4 * data.draw(st.integers(0, len(written) // 4 - 1))
+    number = data.draw(st.integers(-3, 6) | st.integers(-(2**31), 2**31 - 1))
+    written[place : place + 4] = number.to_bytes(4, "little", signed=True)
+    refuses_or_reads(written)
+
+
+@given(batch=batches(), rest=plain, data=st.data())
+def test_a_batch_with_another_end_is_refused_or_fits_together(batch: Batch, rest: object, data: st.DataObject) -> None:
+    """Of its edits, and of the logprobs that are asked for."""
+    bare = encode(replace(batch, samples=replace(batch.samples, edits={}, logprobs={}), prompt_logprobs=()))
+    fields = msgpack.unpackb(encode(batch)[len(bare) :]) if encode(batch) != bare else [0, [], [], []]
+    fields[data.draw(st.integers(0, 3))] = rest
+    end = msgpack.packb(fields)
+    refuses_or_reads(bare[:20] + len(end).to_bytes(4, "little") + bare[24:] + end)
+
+
+@given(batch=batches(), length=st.integers(0, 40), data=st.data())
+def test_a_batch_that_is_cut_off_or_goes_on_is_refused(batch: Batch, length: int, data: st.DataObject) -> None:
+    written = encode(batch)
+    with pytest.raises(WireError):
+        decode(written[: data.draw(st.integers(0, len(written) - 1))])
+    with pytest.raises(WireError):
+        decode(written + bytes(length + 1))
 
 
 @given(output=outputs(), data=st.data())
@@ -78,7 +98,7 @@ def test_an_output_with_another_field_is_refused_or_fits_together(output: StepOu
     refuses_or_reads(msgpack.packb(content))
 
 
-def refuses_or_reads(data: bytes) -> None:
+def refuses_or_reads(data: bytes | bytearray) -> None:
     try:
         message = decode(data)
     except WireError:

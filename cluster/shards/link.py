@@ -1,0 +1,156 @@
+"""What carries the batches of one rank to it, and its outputs back: whole messages, in order.
+
+On one node that is a Unix stream: the thread that waits for a batch reads it by itself, where ZeroMQ has threads of its
+own that must wake first, at both ends. Between nodes it is a ZeroMQ socket, which encrypts. Knows no message;
+`cluster.shards.door` opens both kinds.
+"""
+
+import contextlib
+import socket
+import struct
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+
+from cluster.kv.wire import WireError
+from cluster.shards.fields import MAX_BYTES
+
+TAKE_TIMEOUT_S = 30.0
+"""For a rank to take what does not wait in its buffer: it may be busy with the batch before."""
+_BUFFER_BYTES = 4 * 2**20
+"""That may wait; less where the system allows no more."""
+_LENGTH = struct.Struct("<I")
+_TIMEOUT = struct.Struct("@ll")
+
+
+class Link(Protocol):
+    """One end, for one thread."""
+
+    @property
+    def readable(self) -> "int | zmq.Socket[bytes]":
+        """What a poller is to wait on for something to receive: a file descriptor, or a socket."""
+
+    def send(self, data: bytes) -> None:
+        """Raises TimeoutError if the other end takes no more, and ConnectionError if it is gone."""
+
+    def receive(self) -> bytearray:
+        """Waits for the next message. Raises ConnectionError if the other end is gone, and WireError."""
+
+    def close(self) -> None: ...
+
+
+class Entrance(Protocol):
+    """Where one rank comes in."""
+
+    @property
+    def readable(self) -> "int | zmq.Socket[bytes]":
+        """What a poller is to wait on for it to come."""
+
+    def admit(self) -> Link:
+        """The group's end, once the rank has come."""
+
+    def close(self) -> None: ...
+
+
+class NearLink:
+    """Over a Unix stream, on which each message follows its length. It ends when the process at the other end does."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+        # Python's own timeout would ask the system before each read and write whether it can be done.
+        timeout = _TIMEOUT.pack(int(TAKE_TIMEOUT_S), int(TAKE_TIMEOUT_S % 1 * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+    @classmethod
+    def to(cls, path: str) -> "NearLink":
+        """The rank's end. Raises ConnectionError."""
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            connection.close()
+            raise ConnectionError(f"{path}: {error}") from error
+        return cls(connection)
+
+    @property
+    def readable(self) -> int:
+        return self._connection.fileno()
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._connection.sendall(_LENGTH.pack(len(data)) + data)
+        except BlockingIOError:
+            raise TimeoutError from None
+
+    def receive(self) -> bytearray:
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        if length > MAX_BYTES:
+            raise WireError(f"{length} bytes are announced; {MAX_BYTES} are the most of a message")
+        return self._read(length)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _read(self, count: int) -> bytearray:
+        data = bytearray(count)
+        left = memoryview(data)
+        while left:
+            read = self._connection.recv_into(left, 0, socket.MSG_WAITALL)
+            if not read:
+                raise ConnectionError("the other end is gone")
+            left = left[read:]
+        return data
+
+
+class NearEntrance:
+    """A Unix socket that is to be connected to, once."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._listener = socket.socket(socket.AF_UNIX)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._listener.close)
+            self._listener.bind(str(path))
+            self._listener.listen(1)
+            undo.pop_all()
+
+    @property
+    def readable(self) -> int:
+        return self._listener.fileno()
+
+    def admit(self) -> NearLink:
+        connection, _ = self._listener.accept()
+        self._listener.close()
+        return NearLink(connection)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class FarLink:
+    """Over a ZeroMQ socket, which also lets the rank in. It says nothing of an end that is gone."""
+
+    def __init__(self, made: "zmq.Socket[bytes]") -> None:
+        self._socket = made
+
+    @property
+    def readable(self) -> "zmq.Socket[bytes]":
+        return self._socket
+
+    def admit(self) -> "FarLink":
+        return self
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            raise TimeoutError from None
+
+    def receive(self) -> bytearray:
+        # A copy that may be written to: torch warns of tensors that may not.
+        return bytearray(self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close()
