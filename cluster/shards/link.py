@@ -5,7 +5,9 @@ own that must wake first, at both ends. Between nodes it is a ZeroMQ socket, whi
 `cluster.shards.door` opens both kinds.
 """
 
+import array
 import contextlib
+import os
 import socket
 import struct
 from pathlib import Path
@@ -17,11 +19,16 @@ from cluster.kv.wire import WireError
 from cluster.shards.fields import MAX_BYTES
 
 TAKE_TIMEOUT_S = 30.0
-"""For a rank to take what does not wait in its buffer: it may be busy with the batch before."""
+"""For the other end to take what its buffer has no room for."""
+INLINE_BYTES = 64 * 2**10
+"""Longer messages go beside the stream, whose buffer holds some 200 KiB where the system allows no more: the group must
+not wait for a rank that is busy with the batch before, least of all while that one waits for the group to take an
+output."""
 _BUFFER_BYTES = 4 * 2**20
-"""That may wait; less where the system allows no more."""
+"""That may wait, if the system allows it."""
 _LENGTH = struct.Struct("<I")
 _TIMEOUT = struct.Struct("@ll")
+_EXTRA = socket.CMSG_SPACE(array.array("i").itemsize)
 
 
 class Link(Protocol):
@@ -54,7 +61,8 @@ class Entrance(Protocol):
 
 
 class NearLink:
-    """Over a Unix stream, on which each message follows its length. It ends when the process at the other end does."""
+    """Over a Unix stream, on which each message follows its length; a long one is in a file in memory that comes with
+    its length. It ends when the process at the other end does."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -79,16 +87,35 @@ class NearLink:
         return self._connection.fileno()
 
     def send(self, data: bytes) -> None:
+        length = _LENGTH.pack(len(data))
         try:
-            self._connection.sendall(_LENGTH.pack(len(data)) + data)
+            if len(data) <= INLINE_BYTES:
+                self._connection.sendall(length + data)
+                return
+            file = os.memfd_create("message", os.MFD_CLOEXEC)
+            try:
+                with open(file, "wb", closefd=False) as memory:
+                    memory.write(data)
+                socket.send_fds(self._connection, [length], [file])
+            finally:
+                os.close(file)
         except BlockingIOError:
             raise TimeoutError from None
 
     def receive(self) -> bytearray:
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        if length > MAX_BYTES:
-            raise WireError(f"{length} bytes are announced; {MAX_BYTES} are the most of a message")
-        return self._read(length)
+        head, extra, _, _ = self._connection.recvmsg(_LENGTH.size, _EXTRA)
+        if not head:
+            raise ConnectionError("the other end is gone")
+        with contextlib.ExitStack() as undo:
+            files = array.array("i")
+            for _, _, data in extra:  # at most one, of the one kind that Unix streams bring unasked
+                files.frombytes(data)
+            for file in files:
+                undo.callback(os.close, file)
+            (length,) = _LENGTH.unpack(head + self._read(_LENGTH.size - len(head)))
+            if length > MAX_BYTES:
+                raise WireError(f"{length} bytes are announced; {MAX_BYTES} are the most of a message")
+            return _content(files[0], length) if files else self._read(length)
 
     def close(self) -> None:
         self._connection.close()
@@ -102,6 +129,14 @@ class NearLink:
                 raise ConnectionError("the other end is gone")
             left = left[read:]
         return data
+
+
+def _content(file: int, length: int) -> bytearray:
+    """What a file in memory holds. Raises WireError."""
+    data = bytearray(length)
+    if os.preadv(file, [data], 0) != length:
+        raise WireError(f"{length} bytes are announced, and the file that came with them is shorter")
+    return data
 
 
 class NearEntrance:
