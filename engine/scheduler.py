@@ -13,7 +13,7 @@ from itertools import islice
 from operator import attrgetter
 
 from engine.batch import Batch, StepOutput, TokenLogprob
-from engine.batching import Chunk, Layout, build_batch
+from engine.batching import Layout, build_batch
 from engine.config import SchedulerConfig
 from engine.emissions import drawn, emission, newly_scored
 from engine.kv.pages import PagePool
@@ -21,7 +21,7 @@ from engine.kv.tier import Tier
 from engine.lanes import Lanes
 from engine.offload import Offload
 from engine.pace import Pace
-from engine.parts import Parts
+from engine.parts import Parts, Prompts
 from engine.policy import ADMISSION_POLICIES, AdmissionPolicy, Demand, Supply, choose_victim
 from engine.prefixes import Prefixes
 from engine.returning import Returning
@@ -120,9 +120,10 @@ class Scheduler:
         decodes = self._decodes()
         # Before anybody is let in: what was preempted just now would be gone, and was to be copied.
         self.offload.send()
-        chunks: list[Chunk] = []
-        budget = self._prefill_running(chunks, self._prompt_budget(len(decodes)))
-        self._admit(chunks, budget)
+        prompts = self._prompts(len(decodes))
+        self._prefill_running(prompts)
+        self._admit(prompts)
+        chunks = prompts.chunks
         if not decodes and not chunks:
             stuck = self.waiting and not self._in_flight and not self.offload.busy
             assert not stuck, "sequences wait, and nothing will ever let them in"
@@ -199,29 +200,29 @@ class Scheduler:
                 decodes.append(sequence)
         return decodes
 
-    def _prompt_budget(self, num_decodes: int) -> int:
-        """Tokens of prompts to run beside so many decodes."""
+    def _prompts(self, num_decodes: int) -> Prompts:
+        """Room for prompts beside so many decodes."""
         most = self._config.max_batch_tokens
         waited_for = num_decodes or self._returning
         budget = min(most - num_decodes, self._pace.tokens(most)) if waited_for else most
         places = islice(self.waiting, self._config.max_sequences - len(self.running))
         least = self._pace.least_tokens() if num_decodes and not self._returning else None
-        return self._parts.prompt_tokens(self.running, places, budget, least)
+        return self._parts.prompts(self.running, places, budget, least, num_decodes)
 
-    def _prefill_running(self, chunks: list[Chunk], budget: int) -> int:
-        """Spends the budget on running sequences, in order; returns what is left for others.
+    def _prefill_running(self, prompts: Prompts) -> None:
+        """Adds running sequences, in order.
 
-        Nothing is while streams that go on from elsewhere are about to: a chunk would cost each of them its time.
+        Nobody else has a place while streams that go on from elsewhere are about to: a chunk would cost each of them
+        its time.
         """
         near = self._returning.near(self.running) if self._returning else []
         for sequence in near or self.running:
-            if budget == 0:
+            if prompts.left <= 0:
                 break
             if not sequence.in_flight and sequence.num_remaining > 1:
-                if not (count := self._parts.add(chunks, sequence, budget)):
-                    return 0
-                budget -= count
-        return 0 if near else budget
+                prompts.add(sequence)
+        if near:
+            prompts.close()
 
     def _let_ahead(self) -> None:
         """Lets in whoever comes before a sequence that runs, though prompts take all tokens.
@@ -235,13 +236,10 @@ class Scheduler:
     def _is_ahead(self, sequence: Sequence) -> bool:
         return sequence in self._returning or (bool(self.running) and sequence.order < self.running[-1].order)
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        while self.waiting and budget > 0 and self._let_in(sequence := self.waiting[0]):
-            if sequence.in_flight:
-                continue
-            if not (count := self._parts.add(chunks, sequence, budget)):
-                break
-            budget -= count
+    def _admit(self, prompts: Prompts) -> None:
+        while self.waiting and prompts.left > 0 and self._let_in(sequence := self.waiting[0]):
+            if not sequence.in_flight:
+                prompts.add(sequence)
 
     def _let_in(self, sequence: Sequence) -> bool:
         """Starts the next sequence that waits, and the loading of what the tier has of it; False if it does not fit."""

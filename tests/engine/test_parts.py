@@ -60,13 +60,19 @@ def test_only_the_first_prompt_of_a_batch_is_cut() -> None:
     assert [first.num_tokens, second.num_tokens] == [250, 250]
 
 
-def test_a_prompt_that_comes_to_streams_is_spread_over_their_batches() -> None:
-    """So that no stage waits for one long batch; without streams, or one batch at a time, it runs at once."""
+def rig_with_streams() -> Rig:
+    """32 streams that all decode, in batches of 16."""
     rig = Rig(num_pages=2000, page_tokens=4, max_sequences=40, max_batch_tokens=1024, depth=2, token_seconds=0.005)
     for index in range(32):
         rig.engine.add(request(str(index), [index, 1, 2], max_tokens=100))
     while rig.scheduler.waiting or any(sequence.num_remaining > 1 for sequence in rig.scheduler.running):
         rig.step()
+    return rig
+
+
+def test_a_prompt_that_comes_to_streams_is_spread_over_their_batches() -> None:
+    """So that no stage waits for one long batch; without streams, or one batch at a time, it runs at once."""
+    rig = rig_with_streams()
     before = len(rig.runner.batches)
     rig.engine.add(request("long", [7] * 600, max_tokens=1))
     while "long" in rig.scheduler._sequences:
@@ -76,6 +82,22 @@ def test_a_prompt_that_comes_to_streams_is_spread_over_their_batches() -> None:
     assert max(sizes) == 16 + -(-600 // 16)
     chunks = [size - 16 for size in sizes if size > 17]
     assert sum(chunks) == 600 and min(chunks[:-1]) == 32
+    run_to_end(rig.engine, rig.streams)
+    rig.check_nothing_left()
+
+
+def test_what_one_prompt_leaves_of_a_batch_of_decodes_another_takes() -> None:
+    """So that batches that follow each other are alike: a stage waits for the difference."""
+    rig = rig_with_streams()
+    before = len(rig.runner.batches)
+    for index in range(5):
+        rig.engine.add(request(f"prompt {index}", [index] * 70, max_tokens=50))
+    while rig.scheduler.waiting or any(sequence.num_remaining > 32 for sequence in rig.scheduler.running):
+        rig.step()
+    prompts = [batch.num_tokens - batch.num_sequences for batch in rig.runner.batches[before:]]
+    assert len(prompts) >= 8
+    # 32 tokens of one or two prompts.
+    assert set(prompts[:8]) <= {30, 31}
     run_to_end(rig.engine, rig.streams)
     rig.check_nothing_left()
 
