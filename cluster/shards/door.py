@@ -65,6 +65,7 @@ class Door:
     def connect(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str) -> "zmq.Socket[bytes]":
         """A ZeroMQ socket at the rank's end of one of these."""
         made = socket(context)
+        made.ipv6 = "[" in endpoint
         # Once lost, a connection stays lost: what was on its way is gone, and a batch must not be skipped.
         made.reconnect_ivl = -1
         made.immediate = True

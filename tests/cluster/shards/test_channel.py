@@ -1,6 +1,8 @@
 """What connects a group and its ranks, over real sockets: nothing is lost, and whoever is lost is missed."""
 
+import contextlib
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,16 +38,18 @@ class Rig:
         self._groups: list[GroupChannel] = []
         self._ranks: list[RankChannel] = []
 
-    def group(self, *near: bool, answering: int = 0) -> GroupChannel:
-        self._groups.append(GroupChannel(near, answering, "127.0.0.1", self.folder, self.losses.append))
+    def group(self, *near: bool, answering: int = 0, address: str = "127.0.0.1") -> GroupChannel:
+        self._groups.append(GroupChannel(near, answering, address, self.folder, self.losses.append))
         return self._groups[-1]
 
     def rank(self, door: Door) -> RankChannel:
         self._ranks.append(RankChannel(door, lambda: self.orphans.append(door.rank)))
         return self._ranks[-1]
 
-    def joined(self, *near: bool, answering: int = 0) -> tuple[GroupChannel, list[RankChannel]]:
-        group = self.group(*near, answering=answering)
+    def joined(
+        self, *near: bool, answering: int = 0, address: str = "127.0.0.1"
+    ) -> tuple[GroupChannel, list[RankChannel]]:
+        group = self.group(*near, answering=answering, address=address)
         ranks = [self.rank(door) for door in group.doors]
         group.arm()
         return group, ranks
@@ -84,6 +88,17 @@ def test_every_rank_gets_every_batch_in_order_and_the_answering_one_is_heard(rig
         ranks[1].send(StepOutput(batch.step, [1], [None], [], StepStats(1, 1, 0.0)))
     got = [group.receive() for _ in sent]
     assert [output.step for output in got if isinstance(output, StepOutput)] == [batch.step for batch in sent]
+
+
+def test_nodes_may_have_addresses_of_either_kind(rig: Rig) -> None:
+    with contextlib.closing(socket.socket(socket.AF_INET6)) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError as error:
+            pytest.skip(f"this machine has no IPv6: {error}")
+    group, ranks = rig.joined(False, address="::1")
+    group.send(decodes(1))
+    assert isinstance(ranks[0].receive(), Batch)
 
 
 def test_edits_go_to_the_rank_that_draws_alone(rig: Rig) -> None:
