@@ -6,6 +6,7 @@ gone. Ray places it and starts it; batches do not come through Ray. Knows no mod
 
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -27,6 +28,8 @@ from engine.kv.tier import PageMemory, TierFactory
 from engine.parallel.place import Place, RankFacts
 
 logger = logging.getLogger(__name__)
+
+_ADDRESS = re.compile(r"\bip=([^,\s)]+)")
 
 
 class RankRunner(Protocol):
@@ -137,6 +140,16 @@ def reason_of(error: BaseException) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def end_of(error: ray.exceptions.RayActorError) -> str:
+    """Why the process of a rank is not there, as far as Ray tells."""
+    if not error.actor_init_failed:
+        return "its process has ended"
+    # It tells in a text for a terminal: where it was, then a traceback, which the exception ends.
+    text = str(error).rstrip()
+    where = _ADDRESS.search(text)
+    return f"it could not start{f' on {where[1]}' if where else ''}: {text.rpartition(chr(10))[2].strip()}"
 
 
 def is_victim(error: BaseException) -> bool:

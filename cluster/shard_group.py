@@ -7,6 +7,7 @@ elsewhere; here is what is done about it.
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import ParallelConfig
 from cluster.kv.wire import WireError
 from cluster.nodes import living_nodes, this_node
-from cluster.shard import RankLoader, ShardActor, Whereabouts, is_victim, reason_of
+from cluster.shard import RankLoader, ShardActor, Whereabouts, end_of, is_victim, reason_of
 from cluster.shards.channel import ChannelClosed, GroupChannel
 from cluster.shards.placement import Amounts, Bundles, NoRoom, bundle_of, lay_bundles, refusal
 from cluster.shards.tier import GroupTier
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "manta"
 PLACEMENT_TIMEOUT_S = 6.0
 """For a place to be free, and reserved: whoever was there may have just left."""
+STARTING_S = 600.0
+"""For the process of a rank to be there: Ray may have to bring what it imports to its node first."""
 
 
 class ShardLost(Exception):
@@ -83,6 +86,8 @@ class GroupOrder:
     """Where each rank's pages overflow to; None for nowhere. Importable there, too."""
     loading_silence_s: float = LOADING_SILENCE_S
     """After which a rank that says nothing is lost while it loads and gets ready."""
+    starting_s: float = STARTING_S
+    """After which a rank is lost that has never said anything."""
 
     @property
     def depth(self) -> int:
@@ -113,7 +118,7 @@ class ShardGroup:
         self._ended = False
         try:
             self._actors = self._start_actors()
-            self._where = self._ask_all([actor.whereabouts.remote() for actor in self._actors])
+            self._where = self._ask_all([actor.whereabouts.remote() for actor in self._actors], order.starting_s)
             self._processes = self._open_processes()
             self._channel = channel = self._open_channel()
             channel.expect(order.loading_silence_s)
@@ -270,9 +275,10 @@ class ShardGroup:
             self._on_loss,
         )
 
-    def _ask_all(self, calls: Sequence[Any]) -> list[Any]:
-        """What each rank answers. Raises the error of the one that is the cause, as soon as that is clear."""
-        watch = Watch(len(calls))
+    def _ask_all(self, calls: Sequence[Any], seconds: float = math.inf) -> list[Any]:
+        """What each rank answers. Raises the error of the one that is the cause, as soon as that is clear; a rank that
+        takes longer than so many seconds is lost."""
+        watch, deadline = Watch(len(calls)), time.monotonic() + seconds
         answers: dict[int, Any] = {}
         errors: dict[int, Exception] = {}
         pending = {call: rank for rank, call in enumerate(calls)}
@@ -285,15 +291,18 @@ class ShardGroup:
                     answers[rank] = ray.get(call)
                 except ray.exceptions.RayActorError as error:
                     errors[rank] = error
-                    watch.gone(rank, "its process has ended")
+                    watch.gone(rank, end_of(error))
                 except ray.exceptions.RayTaskError as error:
                     errors[rank] = error.cause if isinstance(error.cause, Exception) else error
                     watch.fault(rank, reason_of(errors[rank]), is_victim=is_victim(errors[rank]))
+            if time.monotonic() > deadline:
+                for rank in pending.values():
+                    watch.gone(rank, f"it has not started in {seconds:g} s")
             # First: all others have been ended since, and what they answer is that.
             if (failure := self.failure) is not None:
                 raise failure
             if (loss := watch.verdict()) is not None:
-                cause = errors[loss.rank]
+                cause = errors.get(loss.rank)
                 raise cause if isinstance(cause, ModelError | ValueError) else self._blame(loss)
         return [answers[rank] for rank in range(len(calls))]
 

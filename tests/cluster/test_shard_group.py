@@ -204,6 +204,23 @@ class TestRefusals:
             server.start(tensor=3, model=json.dumps(trouble))
         server.leaves_nothing()
 
+    @pytest.mark.parametrize(
+        ("prepare", "reason"),
+        [
+            (
+                "prepare_in_vain",
+                r"it could not start on \d+\.\d+\.\d+\.\d+: ModuleNotFoundError: No module named 'cluster'$",
+            ),
+            ("never_be_prepared", r"it has not started in 5 s"),
+        ],
+    )
+    def test_a_process_that_does_not_get_so_far_as_to_load_says_why(
+        self, server: Server, prepare: str, reason: str
+    ) -> None:
+        with pytest.raises(Failed, match=r"ShardLost: rank 0 on a node of Ray's choice is lost: " + reason):
+            server.start(tensor=1, pipeline=1, prepare=prepare, starting_s=5.0)
+        server.leaves_nothing()
+
     @pytest.mark.parametrize("phase", ["loading", "starting"])
     @pytest.mark.parametrize("rank", [0, 2])
     def test_a_rank_that_hangs_before_it_serves_is_named_and_nobody_waits_for_it(

@@ -161,6 +161,15 @@ class FakeLoaded:
         return FakeRunner(self._place, num_pages, self._total, self._trouble, letters=self._letters)
 
 
+def prepare_in_vain() -> None:
+    """The first thing that a process does goes wrong, as where its node lacks what it imports."""
+    raise ModuleNotFoundError("No module named 'cluster'")
+
+
+def never_be_prepared() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def load_fake(config: EngineConfig, place: Place, rendezvous: str) -> FakeLoaded:
     """Loads nothing, with what `config.model` says of trouble."""
     given: dict[str, Any] = json.loads(config.model) if config.model.startswith("{") else {}

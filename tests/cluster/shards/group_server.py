@@ -38,9 +38,12 @@ class Server:
         cpus: float = 1.0,
         kv_hosts: bool = False,
         loading_silence_s: float = 30.0,
+        prepare: str = "",
+        starting_s: float = 60.0,
         **parallel: Any,
     ) -> Any:
-        """Starts a group and an engine over it; who and where the ranks are. `kv_hosts`: each node has one."""
+        """Starts a group and an engine over it; who and where the ranks are. `kv_hosts`: each node has one; `prepare`:
+        what their processes begin with, by its name among the fakes."""
         from cluster.config import KVTierConfig, ParallelConfig
         from cluster.kv_host import start_hosts
         from cluster.shard_engine import engine_over
@@ -49,7 +52,7 @@ class Server:
         from deployments.sharded import make_rank_tier
         from engine.config import EngineConfig
         from tests.cluster.planner.models import LLAMA2_7B
-        from tests.cluster.shards.fake_ranks import load_fake
+        from tests.cluster.shards import fake_ranks
 
         config = ParallelConfig.model_validate(parallel)
         name = name or f"app:{next(self._names)}"
@@ -59,10 +62,12 @@ class Server:
                 EngineConfig(model=model),
                 config,
                 places_of(config, replace(LLAMA2_7B, layers=8)),
-                load_fake,
+                fake_ranks.load_fake,
                 {"CPU": cpus},
+                getattr(fake_ranks, prepare) if prepare else int,
                 make_tier=partial(make_rank_tier, APPLICATION, config.ranks, None) if kv_hosts else None,
                 loading_silence_s=loading_silence_s,
+                starting_s=starting_s,
             )
         )
         if kv_hosts:
