@@ -3,6 +3,7 @@
 Turns a validated configuration into bound deployments, and resolves what depends on the cluster. Loads no model.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from cluster.nodes import living_nodes
 from cluster.shard import RankLoader
 from cluster.shards.cuttable import cuttable_spec
-from cluster.shards.placement import NodeRoom, lay_bundles
+from cluster.shards.placement import Bundles, NodeRoom, NoRoom, lay_bundles
 from deployments.config import AppConfig
 from deployments.gateway import Gateway
 from deployments.kv_hosts import KVHosts
@@ -26,6 +27,8 @@ from deployments.sharded import ShardedFactory, load_rank
 from deployments.shares import share_machine, share_of
 from deployments.streams.store import StreamStore
 from engine.models.source import BUILT_IN, resolve_model
+
+logger = logging.getLogger(__name__)
 
 MAX_ONGOING_REQUESTS = 4096
 """Calls that a replica or gateway handles at once: far above what the admission of either lets through, but finite,
@@ -108,12 +111,12 @@ def reservation(config: AppConfig, each: Mapping[str, float], nodes: Sequence[No
     as any deployment does by itself.
 
     Serve's own placement, rather than one that replicas make: it starts none where there is no room, counts what all of
-    them take, and gives it back whatever becomes of a replica. Raises NoRoom for what the nodes could never hold: Serve
-    would wait for ever.
+    them take, and gives it back whatever becomes of a replica. Raises NoRoom for what the nodes could never hold, if no
+    more may come: Serve would wait for ever.
     """
     if config.parallel.ranks == 1 and "GPU" not in each:
         return {"ray_actor_options": {"num_cpus": each["CPU"]}}
-    laid = lay_bundles(config.parallel, each, nodes, config.replicas, totals=True)
+    laid = _laid(config, each, nodes)
     if config.parallel.ranks == 1:
         return {"ray_actor_options": {"num_cpus": each["CPU"], "num_gpus": each["GPU"]}}
     options: dict[str, Any] = {
@@ -123,6 +126,17 @@ def reservation(config: AppConfig, each: Mapping[str, float], nodes: Sequence[No
     if any(laid.labels):
         options["placement_group_bundle_label_selector"] = list(laid.labels)
     return options
+
+
+def _laid(config: AppConfig, each: Mapping[str, float], nodes: Sequence[NodeRoom]) -> Bundles:
+    """What holds the ranks of a replica. Raises NoRoom."""
+    try:
+        return lay_bundles(config.parallel, each, nodes, config.replicas, totals=True)
+    except NoRoom as error:
+        if not config.nodes_may_join:
+            raise
+        logger.warning("Replicas wait for nodes to join: %s", error)
+        return lay_bundles(config.parallel, each, ())
 
 
 def check_cut(config: AppConfig) -> None:

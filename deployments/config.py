@@ -50,6 +50,9 @@ class AppConfig(Config):
     cpus_per_replica: Annotated[float, Field(gt=0)] | Auto = "auto"
     """Ray CPUs that one replica reserves, all its ranks together; "auto" shares the cores of the machine between the
     replicas."""
+    nodes_may_join: bool = False
+    """Whether there may be more nodes later: a replica that none has room for then waits for them, and is not
+    refused."""
     drain_timeout_s: float = Field(default=10.0, ge=0.0)
     """How long a replica that is to go may keep requests that no other replica can take over."""
     engine: EngineConfig = EngineConfig()

@@ -143,7 +143,8 @@ def _deploy(config: AppConfig) -> None:
     from deployments.app import build
 
     try:
-        application = build(config)
+        # This Ray has the one node for good.
+        application = build(config.model_copy(update={"nodes_may_join": False}))
     except NoRoom as error:
         raise CommandError(str(error), ExitCode.BAD_INPUT) from None
     _run(application, name=APPLICATION, route_prefix="/", _blocking=False)

@@ -45,6 +45,24 @@ def test_a_replica_that_is_not_cut_reserves_its_cores_and_its_gpu() -> None:
         reservation(config, both, [cpus])
 
 
+def test_what_there_is_no_room_for_waits_where_nodes_may_join() -> None:
+    """As on Kubernetes, which deploys as soon as the head is there: that has no CPUs."""
+    head = NodeRoom("head", {"CPU": 0.0}, {})
+    waits = {"nodes_may_join": True, "replicas": 2}
+    cut = AppConfig(parallel=ParallelConfig(tensor=2, pipeline=2), **waits)
+    assert reservation(cut, {"CPU": 1.0}, [head]) == {
+        "placement_group_bundles": [{"CPU": 2.0}, {"CPU": 2.0}],
+        "placement_group_strategy": "SPREAD",
+    }
+    whole = AppConfig(**waits)
+    assert reservation(whole, {"CPU": 2.0, "GPU": 1.0}, [head]) == {
+        "ray_actor_options": {"num_cpus": 2.0, "num_gpus": 1.0}
+    }
+    # Once they are there, what fits them counts.
+    small = [NodeRoom(name, {"CPU": 1.0}, {}) for name in "abcdefgh"]
+    assert reservation(cut, {"CPU": 1.0}, small)["placement_group_bundles"] == [{"CPU": 1.0}] * 4
+
+
 def test_replicas_of_a_cluster_with_gpus_are_placed_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [NodeRoom("a", {"CPU": 64.0}, {}), NodeRoom("b", {"CPU": 64.0, "GPU": 8.0}, {})]
     monkeypatch.setattr(app, "living_nodes", lambda *, free: nodes)

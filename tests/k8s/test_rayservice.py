@@ -18,6 +18,9 @@ def test_the_manifests_arguments_are_valid_and_every_container_has_the_settings_
     config = AppConfig.model_validate(application["args"])
     workers = spec["rayClusterConfig"]["workerGroupSpecs"][0]
     assert config.replicas == workers["replicas"], "one replica of the model per worker"
+    (worker,) = workers["template"]["spec"]["containers"]
+    assert config.cpus_per_replica == float(worker["resources"]["requests"]["cpu"]), "no worker is there to look at yet"
+    assert config.nodes_may_join
     groups = [spec["rayClusterConfig"]["headGroupSpec"], workers]
     for container in (c for group in groups for c in group["template"]["spec"]["containers"]):
         env = {e["name"]: e["value"] for e in container["env"]}
