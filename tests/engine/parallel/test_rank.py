@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from engine.build import build_engine
 from engine.config import EngineConfig, KVConfig, SchedulerConfig
@@ -22,7 +23,7 @@ from engine.sequence import Request
 from engine.stats import EngineStats
 from tests.compiled import compiled_library
 from tests.engine.fakes import Streams, run_to_end
-from tests.engine.models.harness import CONFIGS, VOCAB, Driver, random_tokens
+from tests.engine.models.harness import CONFIGS, VOCAB, Driver, make_model, random_tokens
 from tests.engine.parallel.pool import Cut, Pool, Ranks, free_port
 from tests.engine.quant import checkpoints
 
@@ -112,12 +113,22 @@ def test_every_cut_answers_as_one_rank(
     assert_alike(ranks, greedy_requests())
 
 
-@pytest.mark.parametrize("cut", [Cut(2, 1, 2), Cut(4, 1, 2), Cut(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("cut", [Cut(2, 1, 2), Cut(4, 1, 2), Cut(2, 2, 2), Cut(4, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe-normed-tied", "qwen3-moe"])
 def test_experts_that_are_dealt_out_answer_as_one_rank(
     name: str, cut: Cut, model_of: Callable[[str], Path], load: Callable[[EngineConfig, Cut], Ranks]
 ) -> None:
     assert_alike(load(config_of(model_of(name)), cut), greedy_requests())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_that_no_token_is_left_for_answer_as_one_rank(
+    tied: bool, tmp_path: Path, load: Callable[[EngineConfig, Cut], Ranks]
+) -> None:
+    """40 token ids are two tiles: the last two of four ranks look nothing up, and score padding alone."""
+    model = make_model(LlamaConfig(**{**CONFIGS["llama"].to_dict(), "vocab_size": 40, "tie_word_embeddings": tied}))
+    model.save_pretrained(tmp_path)
+    assert_alike(load(config_of(tmp_path), Cut(4)), greedy_requests(40))
 
 
 def test_random_and_edited_rows_draw_what_one_rank_draws(
