@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol
 import ray
 
 from cluster.kv.wire import WireError
-from cluster.ports import free_ports
+from cluster.ports import hold_port
 from cluster.shards.channel import RankChannel
 from cluster.shards.door import Door
 from cluster.shards.tier import RankTier
@@ -72,7 +72,7 @@ class Whereabouts:
     """That Ray knows the node by."""
     pid: int
     port: int
-    """Of that address, free when it was asked for."""
+    """Of that address, which is free, and kept so until the rank has loaded."""
 
 
 class ShardActor:
@@ -87,12 +87,15 @@ class ShardActor:
     def whereabouts(self) -> Whereabouts:
         context = ray.get_runtime_context()
         address = ray.util.get_node_ip_address()
-        return Whereabouts(context.get_node_id(), address, os.getpid(), free_ports(1, address)[0])
+        # Until it is listened on: another group that starts now would be sent there, and its ranks meet these.
+        self._held = hold_port(address)
+        return Whereabouts(context.get_node_id(), address, os.getpid(), self._held.getsockname()[1])
 
     def load(self, load: RankLoader, config: EngineConfig, place: Place, rendezvous: str, door: Door) -> RankFacts:
         """Loads the part of `place`. Raises ConnectionError, and what `load` raises."""
         self._channel = RankChannel(door, lambda: _end(door))
         self._loaded = load(config, place, rendezvous)
+        self._held.close()
         return self._loaded.facts
 
     def start(self, num_pages: int, make_tier: TierFactory | None) -> None:
