@@ -15,6 +15,7 @@ from benchmarks.peers.install import peers_directory, python_of
 
 WORKERS = Path(__file__).parent
 """On the path of every worker, which is then a module of the package `workers` and imports nothing around it."""
+TREE = WORKERS.parents[1]
 
 OURS = "manta"
 
@@ -51,10 +52,11 @@ def interpreter(name: str) -> Path | None:
     return Path(sys.executable) if name == OURS else python_of(name)
 
 
-def environment() -> dict[str, str]:
-    """Environment variables of every worker and converter."""
+def environment(name: str) -> dict[str, str]:
+    """Environment variables of an engine's workers and converter. Ours is that of this tree, whichever is installed."""
     caches = {"VLLM_CACHE_ROOT": str(peers_directory() / "vllm-cache"), "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, "PYTHONPATH": str(WORKERS), **caches}
+    path = [WORKERS, TREE] if name == OURS else [WORKERS]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **caches}
 
 
 def converted(name: str, model: Path, number_format: str) -> Path:
@@ -70,7 +72,7 @@ def converted(name: str, model: Path, number_format: str) -> Path:
         try:
             done = subprocess.run(
                 [argument if argument != "{}" else str(partial) for argument in command],
-                env=environment(),
+                env=environment(name),
                 capture_output=True,
                 text=True,
             )

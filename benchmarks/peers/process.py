@@ -39,7 +39,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=environment(),
+                env=environment(name),
                 # Not where this project can be imported from by chance.
                 cwd=log.parent,
                 start_new_session=True,

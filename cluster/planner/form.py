@@ -13,7 +13,7 @@ from engine.kv.sizing import layer_bytes_per_token
 from engine.models.dtypes import Scalar, auto_dtype
 from engine.models.spec import ModelSpec
 from engine.quant.config import CheckpointFormat, Scheme, group_of
-from engine.quant.plan import Kind, is_layer_linear, kind_of, unit_of
+from engine.quant.plan import Kind, head_group, is_layer_linear, kind_of, unit_of
 
 Conversion = Scheme | Literal["fp8"]
 ITEM_BYTES: Mapping[Scalar, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,8 +36,10 @@ class Form:
     checkpoint: Scheme | None = None
     """What the layers of the checkpoint are in already."""
     group: int = 64
-    """Input channels to a scale in 4 bits; -1 is all of them."""
+    """Input channels to a scale of a layer in 4 bits; -1 is all of them."""
     int8_kv: bool = False
+    head_group: int | None = None
+    """Of the head; None: it is not in 4 bits."""
 
     @property
     def item_bytes(self) -> int:
@@ -65,7 +67,8 @@ class Form:
                 return math.prod(shape) + shape[0] * SCALE_BYTES
             case "int4":
                 rows, columns = shape
-                groups = rows * (columns // self.group if self.group > 0 else 1)
+                group = self.group if is_layer_linear(name) else self.head_group
+                groups = rows * (columns // group if group is not None and group > 0 else 1)
                 return rows * columns // 2 + groups * (SCALE_BYTES + ZERO_BYTES)
         return math.prod(shape) * self.item_bytes
 
@@ -81,7 +84,7 @@ class Form:
             # 8-bit floats take what integers do.
             is_product = is_layer_linear(name) and not any(size % FP8_MULTIPLE for size in shape)
             return "int8" if is_product else "dense"
-        return kind_of(name, spec, self.conversion)
+        return kind_of(name, spec, self.conversion, self.head_group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ def form_of(config: Mapping[str, Any], layout: CheckpointFormat | None, choices:
         checkpoint=None if layout is None else _held(layout),
         group=choices.group if layout is None else group_of(config, layout),
         int8_kv=choices.kv == "int8" or (choices.kv == "auto" and choices.device == "cpu" and quantized),
+        head_group=None if conversion == "fp8" else head_group(conversion, choices.group, choices.device),
     )
 
 

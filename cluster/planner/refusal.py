@@ -9,7 +9,7 @@ from cluster.planner.nodes import Node, describe
 from cluster.planner.replica import gibibytes
 from cluster.planner.survey import Survey, choose, contexts, take_stock
 from engine.quant.config import Scheme
-from engine.quant.plan import group_obstacle, kind_of
+from engine.quant.plan import group_obstacle, head_group, kind_of
 
 _MULTIPLES = (2, 4, 8, 16)
 _SMALLER_FORMS: tuple[Scheme, ...] = ("w8a8", "w4a16")
@@ -60,7 +60,8 @@ def _group_obstacle(problem: Problem) -> str | None:
     if form.conversion != "w4a16" or form.checkpoint is not None:
         return None
     shapes = spec.parameter_shapes()
-    columns = {shape[1] for name, shape in shapes.items() if kind_of(name, spec, form.conversion) == "int4"}
+    # A head that the group does not fit is none: it is then in 8 bits.
+    columns = {shape[1] for name, shape in shapes.items() if kind_of(name, spec, form.conversion, None) == "int4"}
     return next((reason for each in sorted(columns) if (reason := group_obstacle(form.group, each, columns))), None)
 
 
@@ -93,7 +94,8 @@ def _smaller_form(problem: Problem) -> str:
     if problem.form.conversion is not None or problem.form.checkpoint is not None:
         return ""
     for scheme in _SMALLER_FORMS:
-        smaller = replace(problem, form=replace(problem.form, conversion=scheme))
+        in_groups = head_group(scheme, problem.form.group, problem.accelerator.device)
+        smaller = replace(problem, form=replace(problem.form, conversion=scheme, head_group=in_groups))
         if _group_obstacle(smaller) is None and (plans := _plans(smaller)):
             return f"with quantization {scheme} {choose(plans, problem.wishes.prefer).layout} works here"
     return ""

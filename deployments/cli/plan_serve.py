@@ -19,8 +19,9 @@ def serve_settings(model: str, revision: str | None, problem: Problem, plan: Pla
         engine["revision"] = revision
     if form.conversion is not None:
         engine["quantization"] = form.conversion
-    if form.conversion == "w4a16" and form.checkpoint is None:
-        engine["quantization_group"] = form.group
+    group = form.group if form.checkpoint is None else form.head_group
+    if form.conversion == "w4a16" and group is not None:
+        engine["quantization_group"] = group
     engine["kv"] = {"memory": plan.kv_memory, "dtype": "int8" if form.int8_kv else "model"}
     wishes = problem.wishes
     engine["scheduler"] = {"max_sequences": wishes.sequences, "max_batch_tokens": wishes.batch_tokens}

@@ -43,8 +43,8 @@ def quantize(
     quantized per token as it runs: faster everywhere. w4a16 is 4 bits in
     groups of input channels: half the memory again, and fastest for few
     sequences at once. Embeddings and head stay as they are in the copy;
-    `manta serve OUT --quantization SCHEME` turns the head to 8 bits as it
-    loads.
+    `manta serve OUT --quantization SCHEME` turns the head into the same
+    form as it loads.
 
     The copy is a compressed-tensors checkpoint, which other servers read.
     `manta serve MODEL --quantization SCHEME` gives nearly the same without

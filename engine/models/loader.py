@@ -72,7 +72,7 @@ def load_parameters(
     A `dtype` of "auto" is the checkpoint's, or bfloat16 where the device wants that (`auto_dtype`). A `quantization` of
     "auto" leaves the weights as the checkpoint has them; any other turns full ones into that form as they are read, in
     groups of `group` input channels where they are of 4 bits. For a checkpoint that is quantized already it must be the
-    same, and then turns its dense head into 8 bits too. Memory peaks at the parameters that are held plus a slice of
+    same, and then turns its dense head into that form too. Memory peaks at the parameters that are held plus a slice of
     some MiB. Raises ModelError, as taking a parameter does, and ValueError for a place that the model has no part for.
     """
     family = find_family(path)

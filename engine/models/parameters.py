@@ -27,7 +27,7 @@ from engine.quant.config import CheckpointFormat, Scheme
 from engine.quant.formats import QuantizedLinear, is_quantized, read_linear, tensor_names
 from engine.quant.merge import Part as QuantizedPart
 from engine.quant.merge import Unmergeable, merge
-from engine.quant.plan import Kind, group_obstacle, is_layer_linear, kind_of
+from engine.quant.plan import Kind, group_obstacle, head_group, is_layer_linear, kind_of
 from engine.quant.quantize import QUICK, Int4Rows, Int8Rows
 from engine.quant.weights import Int4Weight, Int8Weight, Weight, weight_bytes
 from engine.quant.window import read_window
@@ -58,7 +58,8 @@ class Form:
     def kind(self, parameter: str, spec: ModelSpec) -> Kind:
         if self.layout is not None and is_layer_linear(parameter):
             return "dense"
-        return kind_of(parameter, spec, self.scheme)
+        group = head_group(self.scheme, self.group, torch.device(self.device).type)
+        return kind_of(parameter, spec, self.scheme, group)
 
 
 class Rows(Protocol):

@@ -1,9 +1,9 @@
 """Which parameters of a decoder a scheme quantizes, and into what. Pure: knows names and shapes, no tensors.
 
 All linear layers of the blocks take the scheme's form, but for routers and the gates of shared experts, which are small
-and decide what becomes of everything else. The head, which is the largest matrix of a decode step, is held in 8 bits
-under both schemes; where it is tied, so is the embedding, whose rows are looked up in it. Norms, biases, positions and
-OPT's embedding projections stay as they are.
+and decide what becomes of everything else. The head, which is the largest matrix of a decode step, takes it too, but
+that some heads stay in 8 bits (`head_group`, `kind_of`); where it is tied, so does the embedding, whose rows are
+looked up in it. Norms, biases, positions and OPT's embedding projections stay as they are.
 """
 
 from collections.abc import Iterable
@@ -30,13 +30,26 @@ def is_layer_linear(parameter: str) -> bool:
     return block.startswith("layers.") and name in _LINEARS and parameter.endswith(".weight")
 
 
-def kind_of(parameter: str, spec: ModelSpec, scheme: Scheme | None) -> Kind:
-    """The form of a parameter of `spec.parameter_shapes()`."""
+def kind_of(parameter: str, spec: ModelSpec, scheme: Scheme | None, head_group: int | None) -> Kind:
+    """The form of a parameter of `spec.parameter_shapes()`.
+
+    A head whose channels, which in OPT need not be those of the layers, the group does not divide is in 8 bits.
+    """
     if scheme is None:
         return "dense"
     if parameter == head_parameter(spec):
-        return "int8"
+        columns = spec.parameter_shapes()[parameter][1]
+        return "int8" if head_group is None or columns % head_group else "int4"
     return _LINEAR_KIND[scheme] if is_layer_linear(parameter) else "dense"
+
+
+def head_group(scheme: Scheme | None, group: int, device: str) -> int | None:
+    """Input channels to a scale of a head in 4 bits, where `group` is asked for; None where heads are in 8 bits.
+
+    They are on a CUDA device: the 4-bit product there rounds its sums to bfloat16, in which logits tie, and its packed
+    form has no rows for an embedding.
+    """
+    return group if scheme == "w4a16" and device != "cuda" else None
 
 
 def unit_of(scheme: Scheme | None, group: int) -> int:

@@ -39,7 +39,7 @@ MODEL = load_spec(PATH)
         (Form("float32"), "auto"),
         (Form("bfloat16"), "auto"),
         (Form("bfloat16", "w8a8"), "w8a8"),
-        (Form("bfloat16", "w4a16", group=32), "w4a16"),
+        (Form("bfloat16", "w4a16", group=32, head_group=32), "w4a16"),
     ],
 )
 def test_weights_are_as_large_as_those_that_are_loaded(form: Form, quantization: Any) -> None:
@@ -126,6 +126,11 @@ def test_8_bit_floats_leave_head_and_embeddings_as_they_are() -> None:
         ({}, Choices("cuda", quantization="w4a16", group=32), Form("bfloat16", "w4a16", group=32)),
         ({"torch_dtype": "float16"}, Choices("cuda", quantization="w4a16"), Form("bfloat16", "w4a16")),
         ({"torch_dtype": "float16"}, Choices("cuda", quantization="w8a8"), Form("float16", "w8a8")),
+        (
+            {"dtype": "bfloat16"},
+            Choices("cpu", quantization="w4a16", group=32),
+            Form("bfloat16", "w4a16", group=32, int8_kv=True, head_group=32),
+        ),
     ],
 )
 def test_auto_is_resolved_as_the_engine_does(config: dict[str, Any], choices: Choices, expected: Form) -> None:
@@ -137,6 +142,8 @@ def test_checkpoints_in_4_bits_have_their_own_groups() -> None:
     gptq = form_of(config, Gptq(128, zero_offset=1), Choices("cuda"))
     assert (gptq.checkpoint, gptq.group, gptq.unit) == ("w4a16", 128, 128)
     assert form_of({"dtype": "float16"}, Gptq(128, zero_offset=1), Choices("cuda")).dtype == "bfloat16"
+    asked = form_of(config, Gptq(128, zero_offset=1), Choices("cpu", quantization="w4a16", group=32))
+    assert (asked.group, asked.head_group) == (128, 32), "the head is turned into the group that is asked for"
     whole = form_of(config, Awq(-1), Choices("cuda"))
     assert whole.unit == 32, "the channels that a kernel takes at once"
     assert whole.weight_bytes("layers.0.out.weight", (8, 64), LLAMA2_7B) == 8 * 32 + 8 * 5

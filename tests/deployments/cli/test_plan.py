@@ -224,6 +224,11 @@ def test_a_quantized_checkpoint_is_planned_as_it_is(tmp_path: Path) -> None:
     result = manta("plan", folder, "--nodes", "1x80GiB", "--quantization", "w8a8")
     assert result.returncode == 2
     assert "quantized already" in result.stderr
+    flags = ("--accelerator", "cpu", "--quantization", "w4a16", "--quantization-group", 32)
+    plan, head = planned(folder, "--nodes", "1x80GiB", *flags), 128256 * 8192
+    others = 2 * (others - head) + head // 2 + head // 32 * 5
+    assert plan["ranks"][0]["weight_bytes"] == linear // 2 + linear // 128 * 5 + others
+    assert plan["serve"]["engine"]["quantization_group"] == 32, "the head's, which is turned into 4 bits as it loads"
 
 
 def test_other_machines_are_planned_without_torch(llama3_70b: Path) -> None:

@@ -20,6 +20,7 @@ from engine.parallel.place import Place
 from tests.engine.parallel.pool import Pool
 
 MODEL = load_spec(PATH)
+FULL = Form("float32")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,17 @@ class Planned:
         return list(places_of(self.parallel, MODEL))
 
 
-def problem(memory: int, **wishes: int) -> Problem:
+def problem(memory: int, form: Form = FULL, **wishes: int) -> Problem:
     nodes = (Node("here", 4, memory),)
-    return Problem(MODEL, Form("float32"), nodes, CPU, Wishes(replicas=1, **wishes))
+    return Problem(MODEL, form, nodes, CPU, Wishes(replicas=1, **wishes))
 
 
+@pytest.mark.parametrize("form", [FULL, Form("float32", "w4a16", group=32, head_group=32)])
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 2)])
-def test_ranks_have_the_layers_the_weights_and_the_pages_that_are_planned(tensor: int, pipeline: int) -> None:
-    asked = problem(24 * 2**20, tensor=tensor, pipeline=pipeline, sequences=64)
+def test_ranks_have_the_layers_the_weights_and_the_pages_that_are_planned(
+    tensor: int, pipeline: int, form: Form
+) -> None:
+    asked = problem(24 * 2**20, form, tensor=tensor, pipeline=pipeline, sequences=64)
     found = plan(asked)
     config = AppConfig.model_validate(serve_settings("manta-tiny", None, asked, found))
     pool = Pool()

@@ -15,7 +15,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2MoeConfig,
+)
 from transformers.configuration_utils import PretrainedConfig
 
 LLAMA = LlamaConfig(
@@ -59,6 +67,17 @@ QWEN_MOE = Qwen2MoeConfig(
     shared_expert_intermediate_size=96,
 )
 GPT2 = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+NARROW_ENDS = OPTConfig(
+    vocab_size=96,
+    hidden_size=64,
+    ffn_dim=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    word_embed_proj_dim=48,
+    do_layer_norm_before=False,
+)
+"""As OPT-350m: embeddings, and the head that is tied to them, have fewer channels than layers."""
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight output channels each nibble of an AWQ word holds, lowest first."""
 

@@ -151,7 +151,7 @@ def test_the_head_stays_dense_until_its_scheme_is_asked_for(tmp_path: Path) -> N
     quantized, _ = write_pair(RECIPES["gptq"], tmp_path)
     assert isinstance(load_parameters(quantized).parameters["head.weight"], torch.Tensor)
     asked = load_parameters(quantized, quantization="w4a16").parameters
-    assert isinstance(asked["head.weight"], Int8Weight)
+    assert isinstance(asked["head.weight"], Int4Weight)
     assert isinstance(asked["layers.0.qkv.weight"], Int4Weight)
     with pytest.raises(ModelError, match="quantized already, to w4a16; it cannot be loaded as w8a8"):
         load_parameters(quantized, quantization="w8a8")

@@ -11,9 +11,10 @@ from transformers.configuration_utils import PretrainedConfig
 from engine.errors import ModelError
 from engine.models.loader import load_parameters
 from engine.quant.config import Scheme
+from engine.quant.plan import head_group
 from engine.quant.quantize import quantize_int4, quantize_int8
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
-from tests.engine.quant.checkpoints import GPT2, LLAMA, MIXTRAL, NEOX, QWEN_MOE, random_model
+from tests.engine.quant.checkpoints import GPT2, LLAMA, MIXTRAL, NARROW_ENDS, NEOX, QWEN_MOE, random_model
 
 LINEARS = tuple(
     f".{name}.weight"
@@ -48,18 +49,28 @@ def test_8_bits_are_those_of_the_whole_parameter(model: Path) -> None:
     assert found.num_bytes < 0.4 * full.num_bytes
 
 
-def test_4_bits_leave_the_head_in_8(model: Path) -> None:
+def test_4_bits_are_those_of_the_whole_parameter(model: Path) -> None:
     full, found = load_parameters(model), load_parameters(model, quantization="w4a16", group=32)
+    head = "head.weight" if "head.weight" in full.parameters else "embed.weight"
     for name, weight in full.parameters.items():
         assert isinstance(weight, Tensor)
-        if name.endswith(LINEARS):
-            assert same(found.parameters[name], quantize_int4(weight, 32)), name
-        elif name in ("head.weight", "embed.weight") and (
-            name == "head.weight" or "head.weight" not in full.parameters
-        ):
-            assert same(found.parameters[name], quantize_int8(weight)), name
-        else:
-            assert same(found.parameters[name], weight), name
+        is_quantized = name.endswith(LINEARS) or name == head
+        assert same(found.parameters[name], quantize_int4(weight, 32) if is_quantized else weight), name
+
+
+def test_a_head_that_the_group_does_not_fit_is_in_8_bits(tmp_path: Path) -> None:
+    """OPT's embeddings, which its head is tied to, can be narrower than its layers."""
+    random_model(NARROW_ENDS).save_pretrained(tmp_path)
+    found = load_parameters(tmp_path, quantization="w4a16", group=32)
+    full = load_parameters(tmp_path).parameters["embed.weight"]
+    assert isinstance(full, Tensor) and same(found.parameters["embed.weight"], quantize_int8(full))
+    assert isinstance(found.parameters["layers.0.qkv.weight"], Int4Weight)
+
+
+def test_heads_of_a_cuda_device_are_in_8_bits() -> None:
+    """Its product of 4 bits rounds logits to bfloat16, and its packed form has no rows for a tied embedding."""
+    assert head_group("w4a16", 64, "cpu") == 64
+    assert head_group("w4a16", 64, "cuda") is None and head_group("w8a8", 64, "cpu") is None
 
 
 def test_a_group_that_does_not_fit_is_told_which_would(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from engine.models.loader import load_parameters
 from engine.models.weights import Checkpoint
 from engine.quant.config import read_quantization
 from engine.quant.formats import QuantizedLinear, read_linear
-from engine.quant.weights import Int4Weight, Int8Weight
+from engine.quant.weights import Int4Weight
 from tests.compiled import compiled_library
 from tests.engine.models import harness
 from tests.engine.models.harness import Driver
@@ -219,11 +219,11 @@ def test_a_model_with_act_order_runs_in_c_as_its_dense_twin(desc_act: tuple[Path
     torch.testing.assert_close(logits(quantized, "C"), logits(dense, "torch"), rtol=1e-3, atol=2e-3)
 
 
-def test_a_head_in_8_bits_beside_act_order_is_the_references(
+def test_a_head_in_4_bits_beside_act_order_is_the_references(
     desc_act: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantized, _ = desc_act
     asked = partial(load_parameters, quantization="w4a16")
-    assert isinstance(asked(quantized).parameters["head.weight"], Int8Weight)
+    assert isinstance(asked(quantized).parameters["head.weight"], Int4Weight)
     monkeypatch.setattr(harness, "load_parameters", asked)
     torch.testing.assert_close(logits(quantized, "C"), logits(quantized, "torch"), rtol=2e-3, atol=2e-2)

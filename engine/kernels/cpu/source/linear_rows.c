@@ -1,6 +1,8 @@
 /* Rows of packed weights, as embeddings. */
 #include "linear_tile.h"
 
+enum { RUN = 4 * INT4_STEP };       /* channels of int4 at a time; every group has some such runs */
+
 /* Where column `row` of a weight without a gate begins. */
 static const char *column_of(const void *weight, int64_t row, int64_t panel_bytes) {
     return (const char *)weight + row / PANEL * panel_bytes + row % PANEL * 4;
@@ -41,7 +43,7 @@ void embed_dense(const struct embed_dense *args, const struct step *step, struct
     }
 }
 
-/* ---- quantized: one value after the other ---- */
+/* ---- quantized ---- */
 
 static void put_value(void *y, int64_t y_dtype, int64_t at, float value) {
     if (y_dtype == F32) {
@@ -68,23 +70,49 @@ void embed_int8(const struct embed_int8 *args, const struct step *step, struct t
     }
 }
 
+/* A run's values of one column, whose steps lie `stride` bytes apart. */
+INLINE void dequantize_run(const char *steps, int64_t stride, int32_t shift, float scale, float *values) {
+    for (int64_t step = 0; step < RUN / INT4_STEP; step++) {
+        uint32_t halves;
+        memcpy(&halves, steps + step * stride, sizeof halves);
+#pragma GCC unroll 8
+        for (int64_t channel = 0; channel < INT4_STEP; channel++) {
+            const int32_t value = (int32_t)(halves >> (channel % 2 * 16 + channel / 2 * 4) & 15) - 8 + shift;
+            values[step * INT4_STEP + channel] = (float)value * scale;
+        }
+    }
+}
+
+static void put_run(const struct embed_int4 *args, int64_t token, int64_t first, const float *values) {
+    const int64_t row = token * args->in;
+    if (args->order == NULL) {
+        for (int64_t i = 0; i < RUN; i += VF) {
+            vf_put(args->y, args->y_dtype, row + first + i, VF, vf_load(values + i));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < RUN; i++) {
+        put_value(args->y, args->y_dtype, row + args->order[first + i], values[i]);
+    }
+}
+
 static void int4_row(const struct embed_int4 *args, int64_t row, int64_t token) {
     const int64_t groups = args->in / args->group, zeros = args->zeros, column = row % PANEL;
     const char *panel = (const char *)args->weight + row / PANEL * int4_panel_bytes(args->group, groups, zeros);
-    for (int64_t i = 0; i < args->in; i++) {
-        const int64_t group = i / args->group, index = group % INT4_BUNDLE, first = group - index;
+    for (int64_t group = 0; group < groups; group++) {
+        const int64_t index = group % INT4_BUNDLE, first = group - index, place = index * PANEL + column;
         const int64_t count = groups - first < INT4_BUNDLE ? groups - first : INT4_BUNDLE;
         const char *bundle = panel + first / INT4_BUNDLE * int4_bundle_bytes(args->group, INT4_BUNDLE, zeros);
-        const int64_t inside = i % args->group, channel = inside % INT4_STEP, place = index * PANEL + column;
+        const char *steps = bundle + int4_header_bytes(count, zeros) + 4 * place;
+        const int32_t shift = zeros ? (int8_t)bundle[2 * PANEL * count + place] : 0;
         vh scale = {0};
         memcpy(&scale, bundle + 2 * place, sizeof scale[0]);
-        const int32_t shift = zeros ? (int8_t)bundle[2 * PANEL * count + place] : 0;
-        uint32_t halves;
-        const char *steps = bundle + int4_header_bytes(count, zeros) + 4 * place;
-        memcpy(&halves, steps + inside / INT4_STEP * count * STEP_BYTES, sizeof halves);
-        const int32_t value = (int32_t)(halves >> (channel % 2 * 16 + channel / 2 * 4) & 15) - 8 + shift;
-        const int64_t to = args->order == NULL ? i : args->order[i];
-        put_value(args->y, args->y_dtype, token * args->in + to, (float)value * vf_from_f16(scale)[0]);
+        for (int64_t i = 0; i < args->group; i += RUN) {
+            float values[RUN];
+            const char *at = steps + i / INT4_STEP * count * STEP_BYTES;
+            dequantize_run(at, count * STEP_BYTES, shift, vf_from_f16(scale)[0], values);
+            put_run(args, token, group * args->group + i, values);
+        }
     }
 }
 
