@@ -117,12 +117,15 @@ class Scheduler:
         """The next iteration, or None when nothing can run before a batch in flight, or a page on its way, arrives."""
         self.settle()
         self._let_ahead()
-        decodes = self._decodes()
+        near = self._returning.near(self.running)
+        decodes = self._decodes(near if self._returning.come_first(near) else self.running)
         # Before anybody is let in: what was preempted just now would be gone, and was to be copied.
         self.offload.send()
         chunks: list[Chunk] = []
-        budget = self._prefill_running(chunks, self._prompt_budget(len(decodes)))
+        budget = self._prefill_running(chunks, near, self._prompt_budget(len(decodes)))
         self._admit(chunks, budget)
+        if near and not decodes and not chunks and not self._in_flight and not self.offload.busy:
+            decodes = self._decodes(self.running)  # none of those that all wait for has the pages to run
         if not decodes and not chunks:
             stuck = self.waiting and not self._in_flight and not self.offload.busy
             assert not stuck, "sequences wait, and nothing will ever let them in"
@@ -183,13 +186,13 @@ class Scheduler:
                 emissions.append(emission(sequence, prompt_logprobs=fresh))
         return emissions
 
-    def _decodes(self) -> list[Sequence]:
-        """Every running sequence with one token to run, in order, with a page for it."""
+    def _decodes(self, running: list[Sequence]) -> list[Sequence]:
+        """Every one of these running sequences with one token to run, in order, with a page for it."""
         decodes: list[Sequence] = []
         page_tokens = self._page_tokens
         most = self._parts.decodes(self.running)
         # A copy: preemption removes sequences from `running`, always from behind the one at hand.
-        for sequence in list(self.running):
+        for sequence in list(running):
             if len(decodes) == most:
                 break
             length = len(sequence.tokens)
@@ -208,12 +211,11 @@ class Scheduler:
         least = self._pace.least_tokens() if num_decodes and not self._returning else None
         return self._parts.prompt_tokens(self.running, places, budget, least)
 
-    def _prefill_running(self, chunks: list[Chunk], budget: int) -> int:
+    def _prefill_running(self, chunks: list[Chunk], near: list[Sequence], budget: int) -> int:
         """Spends the budget on running sequences, in order; returns what is left for others.
 
         Nothing is while streams that go on from elsewhere are about to: a chunk would cost each of them its time.
         """
-        near = self._returning.near(self.running) if self._returning else []
         for sequence in near or self.running:
             if budget == 0:
                 break

@@ -73,6 +73,28 @@ def test_a_stream_whose_pages_are_there_waits_for_nobodys_prompt() -> None:
         rig.check_nothing_left()
 
 
+def test_streams_that_decode_wait_for_one_whose_pages_are_there() -> None:
+    contents: Contents = {}
+    stem, answer = list(range(50)), expected(list(range(50)), 4)
+    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    first.engine.add(request("cut", stem, max_tokens=2))
+    run_to_end(first.engine, first.streams)
+    rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents, delay=lambda: 3))
+    rig.engine.add(request("decodes", [1, 2], max_tokens=8))
+    rig.step()
+    rig.engine.add(replace(request("cut", stem, max_tokens=4), given=(tuple(answer[:2]),)))
+    before = len(rig.runner.batches)
+    while ("cut", 0) not in rig.streams.tokens:
+        rig.step()
+    (batch,) = rig.runner.batches[before:]
+    assert batch.num_tokens == 52 - 48, "what a page had no room for, and nobody's decode"
+    rig.step()
+    assert rig.runner.batches[-1].num_tokens == 2, "both decode from now on"
+    streams = run_to_end(rig.engine, rig.streams)
+    assert (streams.tokens["cut", 0], streams.tokens["decodes", 0]) == (answer[2:], expected([1, 2], 8))
+    rig.check_nothing_left()
+
+
 def test_a_stream_that_is_computed_again_lets_others_go_on() -> None:
     rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=300)
     rig.engine.add(request("decodes", [1, 2], max_tokens=8))
