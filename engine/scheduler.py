@@ -36,8 +36,8 @@ class Scheduler:
 
     Invariants: `waiting` and `running` are sorted by order and disjoint. A running sequence has pages for every token
     it has, except the one page a decode may need next, and is in a lane for as long as it has them; a waiting sequence
-    has none. Samples after the first of a request are held back until the first has computed the prompt, and then find
-    its full pages.
+    has none. Samples after the first of a request are held back until the first has computed the prompt's full pages,
+    or loaded them, and then find those.
     """
 
     def __init__(
@@ -273,6 +273,7 @@ class Scheduler:
             sequence.num_computed += tokens
             self._outstanding -= tokens
             self._prefixes.index(sequence, loaded=True)
+            self._fork_siblings(sequence)
             if self._counts_prompt(sequence):
                 self._counters.prefix_hits_total += tokens
                 sequence.num_cached += tokens
@@ -354,15 +355,15 @@ class Scheduler:
         insort(self.waiting, sequence, key=_by_order)
 
     def _fork_siblings(self, first: Sequence) -> None:
-        """Lets the other samples of a request in, which find the prompt's full pages.
+        """Lets the other samples of a request in once they find the prompt's full pages.
 
         A partly filled page is computed again by each rather than copied on write.
         """
-        siblings = self._siblings.pop(first.request.request_id, None)
-        if siblings is None:
+        num_pages = first.num_prompt // self._page_tokens
+        if first.num_computed < num_pages * self._page_tokens:
             return
-        for sequence in siblings:
-            sequence.keys = self._prefixes.keys(first, first.num_prompt // self._page_tokens)
+        for sequence in self._siblings.pop(first.request.request_id, ()):
+            sequence.keys = self._prefixes.keys(first, num_pages)
             insort(self.waiting, sequence, key=_by_order)
 
     def _finish(self, sequence: Sequence) -> None:

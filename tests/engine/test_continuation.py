@@ -96,6 +96,25 @@ def test_streams_that_decode_wait_for_one_whose_pages_are_there() -> None:
     rig.check_nothing_left()
 
 
+def test_all_samples_of_a_request_go_on_as_soon_as_the_pages_of_its_prompt_are_there() -> None:
+    contents: Contents = {}
+    prompt = list(range(50))
+    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    first.engine.add(request("cut", prompt, n=3, max_tokens=2, seed=3))
+    run_to_end(first.engine, first.streams)
+    whole = [expected(prompt, 5, 3, index) for index in range(3)]
+    rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    given_tokens = tuple(tuple(tokens[:1]) for tokens in whole)
+    rig.engine.add(replace(request("cut", prompt, n=3, max_tokens=5, seed=3), given=given_tokens))
+    while not rig.streams.tokens:
+        rig.step()
+    (batch,) = rig.runner.batches
+    assert (batch.num_sequences, batch.num_tokens) == (3, 3 * (51 - 48))
+    streams = run_to_end(rig.engine, rig.streams)
+    assert [streams.tokens["cut", index] for index in range(3)] == [tokens[1:] for tokens in whole]
+    rig.check_nothing_left()
+
+
 def test_a_stream_that_is_computed_again_lets_others_go_on() -> None:
     rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=300)
     rig.engine.add(request("decodes", [1, 2], max_tokens=8))
