@@ -64,8 +64,8 @@ class SchedulerConfig(Config):
     """Tokens of one iteration, decodes and prompt chunks together."""
     max_stall_s: Annotated[float, Field(gt=0.0)] | None = 0.25
     """Seconds that an iteration should take at most while streams decode: where `max_batch_tokens` take longer, shorter
-    prompt chunks run beside decodes, down to 128 tokens. A stream whose replica died waits about as long. None is no
-    limit, for work that nobody waits for token by token."""
+    prompt chunks run beside decodes, down to 128 tokens. A stream whose replica died waits about as long, and others
+    wait so long for it at most. None is no limit, for work that nobody waits for token by token."""
     admission: Admission = "optimistic"
     """"optimistic" admits on free pages and preempts when they run out; "reserve" holds max_tokens pages up front."""
 

@@ -37,7 +37,12 @@ class Pace:
         return max(_LEAST_BESIDE, int(_SHORT_S / self._token_seconds))
 
     def tokens(self, most: int) -> int:
-        """Of a prompt, beside streams that decode; `most` until anything is known."""
-        if self._max_stall_s is None or self._token_seconds is None:
+        """Of a prompt, beside streams that decode; until anything is known no more than tell something.
+
+        An engine that has only gone on with others' streams would keep all of them waiting for seconds to find out.
+        """
+        if self._max_stall_s is None:
             return most
+        if self._token_seconds is None:
+            return min(most, LEAST_CHUNK)
         return unfelt_tokens(most, self._token_seconds, self._max_stall_s)

@@ -26,6 +26,8 @@ class Returning:
         self._patience_s = patience_s
         self._clock = clock
         self._loading_since: dict[Sequence, float] = {}
+        self._first_since: float | None = None
+        """Since when those that decode have waited for the ones that are near; None while none are."""
 
     def __bool__(self) -> bool:
         return bool(self._sequences)
@@ -43,7 +45,23 @@ class Returning:
 
     def near(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Those of which next to nothing is to be computed, or may be, as they wait for the tier; in their order."""
+        if not self._sequences:
+            return []
         return [sequence for sequence in running if sequence in self._sequences and self._is_near(sequence)]
+
+    def come_first(self, near: list[Sequence]) -> bool:
+        """Whether those that decode here wait for the ones that are near, too.
+
+        These have been silent since their replica died, and each decode of a long context beside them takes as long as
+        it takes one of them to go on. The others wait for `patience_s` at most, and once until none is near.
+        """
+        if not near:
+            self._first_since = None
+            return False
+        now = self._clock()
+        if self._first_since is None:
+            self._first_since = now
+        return now - self._first_since < self._patience_s
 
     def _is_near(self, sequence: Sequence) -> bool:
         if not self._is_loading(sequence):

@@ -36,8 +36,8 @@ class Scheduler:
 
     Invariants: `waiting` and `running` are sorted by order and disjoint. A running sequence has pages for every token
     it has, except the one page a decode may need next, and is in a lane for as long as it has them; a waiting sequence
-    has none. Samples after the first of a request are held back until the first has computed the prompt, and then find
-    its full pages.
+    has none. Samples after the first of a request are held back until the first has computed the prompt's full pages,
+    or loaded them, and then find those.
     """
 
     def __init__(
@@ -117,13 +117,16 @@ class Scheduler:
         """The next iteration, or None when nothing can run before a batch in flight, or a page on its way, arrives."""
         self.settle()
         self._let_ahead()
-        decodes = self._decodes()
+        near = self._returning.near(self.running)
+        decodes = self._decodes(near if self._returning.come_first(near) else self.running)
         # Before anybody is let in: what was preempted just now would be gone, and was to be copied.
         self.offload.send()
         prompts = self._prompts(len(decodes))
-        self._prefill_running(prompts)
+        self._prefill_running(near, prompts)
         self._admit(prompts)
         chunks = prompts.chunks
+        if near and not decodes and not chunks and not self._in_flight and not self.offload.busy:
+            decodes = self._decodes(self.running)  # none of those that all wait for has the pages to run
         if not decodes and not chunks:
             stuck = self.waiting and not self._in_flight and not self.offload.busy
             assert not stuck, "sequences wait, and nothing will ever let them in"
@@ -184,13 +187,13 @@ class Scheduler:
                 emissions.append(emission(sequence, prompt_logprobs=fresh))
         return emissions
 
-    def _decodes(self) -> list[Sequence]:
-        """Every running sequence with one token to run, in order, with a page for it."""
+    def _decodes(self, running: list[Sequence]) -> list[Sequence]:
+        """Every one of these running sequences with one token to run, in order, with a page for it."""
         decodes: list[Sequence] = []
         page_tokens = self._page_tokens
         most = self._parts.decodes(self.running)
         # A copy: preemption removes sequences from `running`, always from behind the one at hand.
-        for sequence in list(self.running):
+        for sequence in list(running):
             if len(decodes) == most:
                 break
             length = len(sequence.tokens)
@@ -209,13 +212,12 @@ class Scheduler:
         least = self._pace.least_tokens() if num_decodes and not self._returning else None
         return self._parts.prompts(self.running, places, budget, least, num_decodes)
 
-    def _prefill_running(self, prompts: Prompts) -> None:
+    def _prefill_running(self, near: list[Sequence], prompts: Prompts) -> None:
         """Adds running sequences, in order.
 
         Nobody else has a place while streams that go on from elsewhere are about to: a chunk would cost each of them
         its time.
         """
-        near = self._returning.near(self.running) if self._returning else []
         for sequence in near or self.running:
             if prompts.left <= 0:
                 break
@@ -269,6 +271,7 @@ class Scheduler:
             sequence.num_computed += tokens
             self._outstanding -= tokens
             self._prefixes.index(sequence, loaded=True)
+            self._fork_siblings(sequence)
             if self._counts_prompt(sequence):
                 self._counters.prefix_hits_total += tokens
                 sequence.num_cached += tokens
@@ -350,15 +353,15 @@ class Scheduler:
         insort(self.waiting, sequence, key=_by_order)
 
     def _fork_siblings(self, first: Sequence) -> None:
-        """Lets the other samples of a request in, which find the prompt's full pages.
+        """Lets the other samples of a request in once they find the prompt's full pages.
 
         A partly filled page is computed again by each rather than copied on write.
         """
-        siblings = self._siblings.pop(first.request.request_id, None)
-        if siblings is None:
+        num_pages = first.num_prompt // self._page_tokens
+        if first.num_computed < num_pages * self._page_tokens:
             return
-        for sequence in siblings:
-            sequence.keys = self._prefixes.keys(first, first.num_prompt // self._page_tokens)
+        for sequence in self._siblings.pop(first.request.request_id, ()):
+            sequence.keys = self._prefixes.keys(first, num_pages)
             insort(self.waiting, sequence, key=_by_order)
 
     def _finish(self, sequence: Sequence) -> None:

@@ -1,7 +1,8 @@
 """A replica's way to the KV host of its node: the `engine.kv.tier.Tier` of a real engine.
 
-Owns one thread, which talks to the host and makes all copies: between the device's pages and the shared segment there
-is one copy, with a checksum on the way. Knows no sequence. When the host is gone nothing is there, until it is back.
+Owns one thread, which talks to the host and makes all copies: between the device's pages and the shared segment each
+page lies in a buffer that the cache of the CPU holds, and is summed up there. Knows no sequence. When the host is gone
+nothing is there, until it is back.
 """
 
 import itertools
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from cluster.kv.allowance import Allowance
 from cluster.kv.checksum import crc32c
@@ -91,6 +94,8 @@ class TierClient:
         self._find_host = find_host
         self._hello = Hello(VERSION, layout, memory.page_bytes, name, parts)
         self._memory = memory
+        self._passing = np.empty(memory.page_bytes, np.uint8)
+        """The page that is being copied."""
         self._bandwidth = bandwidth
         self._choose = choose
         self._clock = clock
@@ -321,9 +326,9 @@ class TierClient:
         """Copies a page to a slot of ours; what to commit."""
         began = self._clock()
         slot = connection.credits.popleft()
-        memory = connection.segment.slot(slot)
-        self._memory.read(save.page, memory)
-        entry = Entry(slot, save.key, save.parent, crc32c(memory))
+        self._memory.read(save.page, self._passing)
+        entry = Entry(slot, save.key, save.parent, crc32c(self._passing))
+        connection.segment.write(slot, self._passing)
         self._save_cost.observe(1, self._clock() - began)
         return entry
 
@@ -352,13 +357,13 @@ class TierClient:
         """Copies the next pages of a load; ends it when these were the last, or one is not what it should be."""
         began, count = self._clock(), 0
         for slot, crc in zip(slots, crcs, strict=True):
-            memory = connection.segment.slot(slot)
-            self._memory.write(running.load.pages[running.copied], memory)
-            if crc32c(memory) != crc:
+            connection.segment.read(slot, self._passing)
+            if crc32c(self._passing) != crc:
                 self._stats.pages_corrupt += 1
                 connection.send(Corrupt([running.load.keys[running.copied]]))
                 running.cut_short()
                 break
+            self._memory.write(running.load.pages[running.copied], self._passing)
             running.copied += 1
             count += 1
             self._throttle(began, count)

@@ -110,10 +110,20 @@ class Segment:
 
     def slot(self, index: int) -> NDArray[np.uint8]:
         """The bytes of one slot, in place. Whoever keeps the view keeps the mapping. Raises IndexError."""
-        if not 0 <= index < self.num_slots:
-            raise IndexError(f"{self.path} has {self.num_slots} slots, there is no slot {index}")
-        begin = self._begin + index * self.stride
+        begin = self._slot_begin(index)
         return self._bytes[begin : begin + self.page_bytes]
+
+    def read(self, index: int, target: NDArray[np.uint8]) -> None:
+        """Copies one slot to `target` ([page_bytes]), and maps nothing. Raises IndexError, OSError or SegmentError.
+
+        When a process dies, all that it has mapped is taken apart, at 50 to 90 ms a gigabyte of small pages, before its
+        connections are closed: so much later others notice that it is dead.
+        """
+        self._check_whole(index, os.preadv(self._descriptor, [target.data], self._slot_begin(index)))
+
+    def write(self, index: int, source: NDArray[np.uint8]) -> None:
+        """Copies `source` ([page_bytes]) to one slot; see `read`."""
+        self._check_whole(index, os.pwrite(self._descriptor, source.data, self._slot_begin(index)))
 
     def commit(self, index: int) -> bool:
         """Takes the memory of a slot from the system now; False if there is no more.
@@ -144,6 +154,15 @@ class Segment:
         # The last view ends the mapping then.
         with contextlib.suppress(BufferError):
             self._map.close()
+
+    def _slot_begin(self, index: int) -> int:
+        if not 0 <= index < self.num_slots:
+            raise IndexError(f"{self.path} has {self.num_slots} slots, there is no slot {index}")
+        return self._begin + index * self.stride
+
+    def _check_whole(self, index: int, num_bytes: int) -> None:
+        if num_bytes != self.page_bytes:
+            raise SegmentError(f"{self.path}: {num_bytes} of {self.page_bytes} bytes of slot {index} were copied")
 
     def _table(self, begin: int, num_pages: int) -> Tags:
         content = self._bytes[begin : begin + table_bytes(num_pages)]

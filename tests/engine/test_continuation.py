@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest
+from engine.policy import LEAST_CHUNK
 from tests.engine.fake_tier import Contents, FakeTier
 from tests.engine.fakes import VOCAB, run_to_end
 from tests.engine.rig import Rig, expected, request
@@ -73,6 +74,47 @@ def test_a_stream_whose_pages_are_there_waits_for_nobodys_prompt() -> None:
         rig.check_nothing_left()
 
 
+def test_streams_that_decode_wait_for_one_whose_pages_are_there() -> None:
+    contents: Contents = {}
+    stem, answer = list(range(50)), expected(list(range(50)), 4)
+    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    first.engine.add(request("cut", stem, max_tokens=2))
+    run_to_end(first.engine, first.streams)
+    rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents, delay=lambda: 3))
+    rig.engine.add(request("decodes", [1, 2], max_tokens=8))
+    rig.step()
+    rig.engine.add(replace(request("cut", stem, max_tokens=4), given=(tuple(answer[:2]),)))
+    before = len(rig.runner.batches)
+    while ("cut", 0) not in rig.streams.tokens:
+        rig.step()
+    (batch,) = rig.runner.batches[before:]
+    assert batch.num_tokens == 52 - 48, "what a page had no room for, and nobody's decode"
+    rig.step()
+    assert rig.runner.batches[-1].num_tokens == 2, "both decode from now on"
+    streams = run_to_end(rig.engine, rig.streams)
+    assert (streams.tokens["cut", 0], streams.tokens["decodes", 0]) == (answer[2:], expected([1, 2], 8))
+    rig.check_nothing_left()
+
+
+def test_all_samples_of_a_request_go_on_as_soon_as_the_pages_of_its_prompt_are_there() -> None:
+    contents: Contents = {}
+    prompt = list(range(50))
+    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    first.engine.add(request("cut", prompt, n=3, max_tokens=2, seed=3))
+    run_to_end(first.engine, first.streams)
+    whole = [expected(prompt, 5, 3, index) for index in range(3)]
+    rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    given_tokens = tuple(tuple(tokens[:1]) for tokens in whole)
+    rig.engine.add(replace(request("cut", prompt, n=3, max_tokens=5, seed=3), given=given_tokens))
+    while not rig.streams.tokens:
+        rig.step()
+    (batch,) = rig.runner.batches
+    assert (batch.num_sequences, batch.num_tokens) == (3, 3 * (51 - 48))
+    streams = run_to_end(rig.engine, rig.streams)
+    assert [streams.tokens["cut", index] for index in range(3)] == [tokens[1:] for tokens in whole]
+    rig.check_nothing_left()
+
+
 def test_a_stream_that_is_computed_again_lets_others_go_on() -> None:
     rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=300)
     rig.engine.add(request("decodes", [1, 2], max_tokens=8))
@@ -83,7 +125,8 @@ def test_a_stream_that_is_computed_again_lets_others_go_on() -> None:
     for _ in range(3):
         rig.step()
     assert len(rig.streams.tokens["decodes", 0]) == begun + 3
-    assert [batch.num_tokens for batch in rig.runner.batches[1:4]] == [300] * 3, "of which all but one are theirs"
+    tokens = [batch.num_tokens for batch in rig.runner.batches[1:4]]
+    assert tokens == [1 + LEAST_CHUNK, 300, 300], "all but one are theirs; how long theirs take was not known at first"
     assert sorted(name for name, _ in run_to_end(rig.engine, rig.streams).finished) == ["also cut", "cut", "decodes"]
     rig.check_nothing_left()
 

@@ -54,7 +54,21 @@ def test_nobody_waits_long_for_pages_that_do_not_come() -> None:
     assert setting.returning.near([early, late]) == [late], "what there was to wait for is here"
 
 
-def test_prompts_go_on_while_a_load_hangs() -> None:
+def test_those_that_decode_wait_for_the_near_ones_for_a_while_and_then_until_none_is() -> None:
+    setting = Setting()
+    assert not setting.returning.come_first([])
+    near = [setting.stream(5)]
+    assert setting.returning.come_first(near)
+    setting.now += PATIENCE_S
+    near.append(setting.stream(5))
+    assert not setting.returning.come_first(near), "whoever came later"
+    setting.now += PATIENCE_S
+    assert not setting.returning.come_first(near)
+    assert not setting.returning.come_first([])
+    assert setting.returning.come_first(near), "others decoded meanwhile"
+
+
+def test_others_go_on_while_a_load_hangs() -> None:
     contents: Contents = {}
     stem, answer = list(range(50)), expected(list(range(50)), 4)
     first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
@@ -64,11 +78,13 @@ def test_prompts_go_on_while_a_load_hangs() -> None:
     rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=tier, max_stall_s=0.001)
     rig.engine.add(replace(request("cut", stem, max_tokens=4), given=(tuple(answer[:2]),)))
     rig.engine.add(request("long", [90] * 300, max_tokens=2))
+    rig.engine.add(request("decodes", [80], max_tokens=9))
     rig.step()
     time.sleep(0.01)
     for _ in range(20):
         rig.step()
     assert rig.streams.tokens["long", 0] == expected([90] * 300, 2)
+    assert rig.streams.tokens["decodes", 0] == expected([80], 9)
     assert ("cut", 0) not in rig.streams.tokens
     tier.hurry()
     assert run_to_end(rig.engine, rig.streams).tokens["cut", 0] == answer[2:]

@@ -158,6 +158,16 @@ def test_a_long_prompt_holds_decodes_up_no_longer_than_it_must(max_stall_s: floa
     assert beside == chunks
 
 
+def test_nobody_waits_for_a_long_prompt_while_it_is_not_known_how_long_that_takes() -> None:
+    rig = Rig(num_pages=300, page_tokens=16, max_batch_tokens=1024, token_seconds=1e-3)
+    rig.engine.add(request("decodes", [1], max_tokens=30))
+    rig.step()
+    rig.engine.add(request("late", [90 - n % 80 for n in range(600)], max_tokens=1))
+    run_to_end(rig.engine, rig.streams)
+    beside = [batch.num_tokens - 1 for batch in rig.runner.batches[1:] if batch.num_tokens > 1]
+    assert beside == [128, 128, 128, 128, 88]
+
+
 def test_a_late_joiner_waits_at_most_one_iteration() -> None:
     rig = Rig(num_pages=200)
     rig.engine.add(request("first", [1, 2], max_tokens=50))

@@ -89,6 +89,12 @@ def load(client: TierClient, keys: list[bytes], first_page: int) -> Loaded:
     return answer
 
 
+def mapped_shared_bytes() -> int:
+    """Of this process."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssShmem"))
+    return int(line.split()[1]) * 1024
+
+
 def test_pages_outlive_the_replica_that_saved_them(host: Host, connect: Callable[..., TierClient]) -> None:
     host.start()
     pages, keys = Pages(40), keys_of(40)
@@ -103,6 +109,19 @@ def test_pages_outlive_the_replica_that_saved_them(host: Host, connect: Callable
     assert loaded.seconds > 0
     assert loaded.recompute_seconds == pytest.approx(40e6)
     assert np.array_equal(pages.bytes[40:], pages.bytes[:40])
+
+
+def test_a_replica_maps_no_page_and_so_its_death_is_noticed_at_once(
+    host: Host, connect: Callable[..., TierClient]
+) -> None:
+    host.start("64MiB")
+    pages, keys = Pages(40, page_bytes=2**20), keys_of(40)
+    client = connect(pages)
+    before = mapped_shared_bytes()
+    assert all(save(client, keys))
+    assert load(client, keys, first_page=40).num_pages == 40
+    assert np.array_equal(pages.bytes[40:], pages.bytes[:40])
+    assert mapped_shared_bytes() - before < 2**20
 
 
 def test_only_the_first_pages_that_are_there_in_one_run_are_loaded(

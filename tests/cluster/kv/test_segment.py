@@ -36,6 +36,23 @@ def test_both_sides_see_the_same_pages_and_tags(segment: Segment) -> None:
     assert (attached.slot(0) == 1).all(), "tags lie beside the pages"
 
 
+def test_what_is_copied_through_the_file_is_what_lies_in_the_slots(segment: Segment) -> None:
+    attached = Segment.attach(segment.path)
+    attached.write(3, np.full(5000, 7, np.uint8))
+    assert (segment.slot(3) == 7).all() and not segment.slot(2).any() and not segment.slot(4).any()
+    segment.slot(3)[4999] = 8
+    copied = np.zeros(5000, np.uint8)
+    attached.read(3, copied)
+    assert np.array_equal(copied, segment.slot(3))
+
+
+def test_a_segment_that_was_cut_off_gives_no_part_of_a_page(segment: Segment) -> None:
+    attached = Segment.attach(segment.path)
+    os.truncate(segment.path, segment.path.stat().st_size - 8192)
+    with pytest.raises(SegmentError, match="0 of 5000 bytes of slot 4"):
+        attached.read(4, np.zeros(5000, np.uint8))
+
+
 def test_the_format_is_the_one_that_is_written_down(segment: Segment) -> None:
     segment.slot(1)[:] = 7
     show(segment.tags, KEY)
@@ -90,8 +107,10 @@ def test_may_have_is_true_of_pages_in_memory_and_on_disk(segment: Segment) -> No
 
 @pytest.mark.parametrize("index", [-1, 5])
 def test_there_are_no_slots_but_those_of_the_segment(segment: Segment, index: int) -> None:
-    with pytest.raises(IndexError, match="there is no slot"):
-        segment.slot(index)
+    page = np.zeros(5000, np.uint8)
+    for use in (segment.slot, lambda place: segment.read(place, page), lambda place: segment.write(place, page)):
+        with pytest.raises(IndexError, match="there is no slot"):
+            use(index)
 
 
 def test_a_view_outlives_closing_and_unlinking(segment: Segment) -> None:
