@@ -311,7 +311,7 @@ def test_the_real_ranks_draw_what_one_engine_would(server: Server, degrees: dict
 
 def test_ranks_whose_group_is_stopped_end_themselves_and_remove_what_it_cannot(server: Server) -> None:
     """Stopped rather than killed: Ray, which would end them too, takes it for alive."""
-    ranks = server.start(tensor=2)
+    ranks = server.start(tensor=2, labels=[{"ray.io/node-id": server.ask("home")}])
     os.kill(server.pid, signal.SIGSTOP)
     try:
         until(lambda: not any(map(is_alive, ranks.pids)))

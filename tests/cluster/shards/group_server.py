@@ -124,6 +124,12 @@ class Server:
         finally:
             engine.close()
 
+    def home(self) -> Any:
+        """The node of this process."""
+        from cluster.nodes import this_node
+
+        return this_node()["NodeID"]
+
     def stats(self) -> Any:
         """Of the engine."""
         return asdict(self._engine.stats())
