@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers.configuration_utils import PretrainedConfig
 
 from engine.errors import ModelError
+from engine.models.directory import load_spec
 from engine.models.loader import load_parameters
+from engine.models.parameters import Form
+from engine.models.tiny import PATH
 from engine.quant.config import Scheme
-from engine.quant.plan import head_group
 from engine.quant.quantize import quantize_int4, quantize_int8
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
 from tests.engine.quant.checkpoints import GPT2, LLAMA, MIXTRAL, NARROW_ENDS, NEOX, QWEN_MOE, random_model
@@ -69,8 +71,10 @@ def test_a_head_that_the_group_does_not_fit_is_in_8_bits(tmp_path: Path) -> None
 
 def test_heads_of_a_cuda_device_are_in_8_bits() -> None:
     """Its product of 4 bits rounds logits to bfloat16, and its packed form has no rows for a tied embedding."""
-    assert head_group("w4a16", 64, "cpu") == 64
-    assert head_group("w4a16", 64, "cuda") is None and head_group("w8a8", 64, "cpu") is None
+    for device, head in (("cpu", "int4"), ("cuda:0", "int8")):
+        form = Form(torch.bfloat16, device, "w4a16", 32)
+        assert form.kind("embed.weight", load_spec(PATH)) == head
+        assert form.kind("layers.0.qkv.weight", load_spec(PATH)) == "int4"
 
 
 def test_a_group_that_does_not_fit_is_told_which_would(tmp_path: Path) -> None:
