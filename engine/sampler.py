@@ -77,6 +77,10 @@ class Sampler:
         """See `engine.sampling.reductions.largest`."""
         return self._reductions.largest(logits)
 
+    def k_largest(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `engine.sampling.reductions.k_largest`."""
+        return self._reductions.k_largest(logits, k)
+
     @torch.inference_mode()
     def token_logprobs(self, logits: Tensor, targets: SequenceOf[int], top: int) -> tuple[TokenLogprob, ...]:
         """See `engine.sampling.logprobs.token_logprobs`."""
@@ -89,7 +93,9 @@ class Sampler:
         """Puts the tokens of edited and random rows, which have those of greedy ones, into `token_ids` and `failed`."""
         rows = {*np.flatnonzero(samples.settings["temperature"]).tolist(), *samples.edits}
         others = sorted(rows - failed.keys())
-        chosen, reasons = self._choose(_take(logits, others), take_rows(samples, others), [best[i] for i in others])
+        chosen, reasons = self._choose(
+            take_logits(logits, others), take_rows(samples, others), [best[i] for i in others]
+        )
         for i, token_id in zip(others, chosen, strict=True):
             token_ids[i] = token_id
         failed |= {others[j]: reason for j, reason in reasons.items()}
@@ -114,7 +120,7 @@ class Sampler:
             )
             uniform = torch.from_numpy(numbers).to(logits.device)
             maxima = torch.tensor([best[i] for i in random], dtype=torch.float32, device=logits.device)
-            rows = Rows.of(_take(logits, random), maxima, uniform, settings)
+            rows = Rows.of(take_logits(logits, random), maxima, uniform, settings)
             for i, token_id in zip(random, draw(rows, self._reductions).tolist(), strict=True):
                 ids[i] = token_id
         return ids, failed
@@ -127,7 +133,7 @@ class Sampler:
         if asking:
             wanted = list(asking)
             targets = [token_ids[i] for i in wanted]
-            entries = self.token_logprobs(_take(logits, wanted), targets, max(asking.values()))
+            entries = self.token_logprobs(take_logits(logits, wanted), targets, max(asking.values()))
             for i, entry in zip(wanted, entries, strict=True):
                 found[i] = entry._replace(top=entry.top[: asking[i]])
         return found
@@ -140,7 +146,7 @@ def unusable(best: list[float], reasons: dict[str, str] = _RAW_REASONS) -> dict[
     return {i: reasons[str(value)] for i, value in enumerate(best) if not math.isfinite(value)}
 
 
-def _take(x: Tensor, rows: list[int]) -> Tensor:
+def take_logits(x: Tensor, rows: list[int]) -> Tensor:
     """The named rows, in rising order; the tensor itself when they are all of it."""
     return x if len(rows) == len(x) else x[rows]
 

@@ -1,18 +1,21 @@
 """Drawing tokens where each rank has the logits of a part of the vocabulary. Only rank 0 draws.
 
-Of a row that is greedy and nothing else, ranks bring their largest logit and its id; of any other, all its logits: what
-is drawn is what one rank with all of them would draw.
+Of a row that is greedy and nothing else, ranks bring their largest logit and its id; of one that draws among its top_k,
+so many of them; of any other, all its logits. What is drawn is what one rank with all of them would draw.
 """
 
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch import Samples, TokenLogprob
-from engine.sampler import Drawn, Sampler, take_rows, unusable
+from engine.sampler import Drawn, Sampler, take_logits, take_rows, unusable
+
+_COST_OF_CANDIDATES = 8
+"""Logits that are brought for what a candidate costs: its value and id in 64 bits take four, the search for it more."""
 
 
 class Gathering(Protocol):
@@ -40,16 +43,20 @@ class RanksSampler:
         """See `Sampler.sample`."""
         if not len(samples):
             return Drawn([], [])
-        whole = sorted({*np.flatnonzero(samples.settings["temperature"]).tolist(), *samples.edits, *samples.logprobs})
-        greedy = sorted(set(range(len(samples))) - set(whole))
-        best = self._ranks.gather(self._largest(logits)) if greedy else None
-        gathered = self._gather(logits if not greedy else logits[whole]) if whole else None
-        if best is None and gathered is None:
+        roads = _roads(samples, logits.shape[1])
+        best = self._ranks.gather(self._largest(logits)) if roads.greedy else None
+        chosen = self._among(logits, samples, roads.among) if roads.among else None
+        gathered = self._gather(take_logits(logits, roads.whole)) if roads.whole else None
+        if best is None and chosen is None and gathered is None:
             return Drawn([], [])
         return _merged(
             len(samples),
-            (greedy, Drawn([], []) if best is None else _most_probable(best[greedy])),
-            (whole, Drawn([], []) if gathered is None else self._sampler.sample(gathered, take_rows(samples, whole))),
+            (roads.greedy, Drawn([], []) if best is None else _most_probable(best[roads.greedy])),
+            *(
+                (rows, self._sampler.sample(found, take_rows(samples, rows)))
+                for rows, found in ((roads.among, chosen), (roads.whole, gathered))
+                if found is not None
+            ),
         )
 
     def token_logprobs(self, logits: Tensor, targets: SequenceOf[int], top: int) -> tuple[TokenLogprob, ...]:
@@ -60,11 +67,33 @@ class RanksSampler:
     def _largest(self, logits: Tensor) -> Tensor:
         """[R, 2] float64: the largest logit of each row here, and its id."""
         if not len(self._held):
-            return torch.tensor([[-torch.inf, self._vocabulary]], dtype=torch.float64).repeat(len(logits), 1)
+            return torch.tensor([[-torch.inf, self._vocabulary - 1]], dtype=torch.float64).repeat(len(logits), 1)
         values, ids = self._sampler.largest(logits[:, : len(self._held)])
         found = torch.tensor([values, ids], dtype=torch.float64).T.contiguous()
         found[:, 1] += self._held.start
         return found.to(logits.device)
+
+    def _among(self, logits: Tensor, samples: Samples, rows: list[int]) -> Tensor | None:
+        """[R, vocabulary] of these rows on rank 0: of each rank the largest logits, as many as the largest top_k, and
+        -inf elsewhere. Of equal ones those with the lowest ids, so that the largest of the whole row are among them."""
+        count = int(samples.settings["top_k"][rows].max())
+        logits = take_logits(logits, rows)
+        brought = self._ranks.gather(torch.cat((self._largest(logits)[:, None], self._k_largest(logits, count)), dim=1))
+        if brought is None:
+            return None
+        values, ids = brought.flatten(1, 2).unbind(2)
+        found = torch.full((len(rows), self._vocabulary), -torch.inf, device=logits.device)
+        # NaN wins: the largest of a row tells that nothing can be drawn from it.
+        return found.scatter_reduce_(1, ids.long(), values.float(), "amax")
+
+    def _k_largest(self, logits: Tensor, count: int) -> Tensor:
+        """[R, count, 2] float64: the largest logits of each row here and their ids; -inf and 0 where that is all."""
+        found = torch.tensor([-torch.inf, 0.0], dtype=torch.float64, device=logits.device).repeat(len(logits), count, 1)
+        if held := min(count, len(self._held)):
+            values, ids = self._sampler.k_largest(logits[:, : len(self._held)], held)
+            found[:, :held, 0] = values
+            found[:, :held, 1] = (ids + self._held.start).masked_fill(values == -torch.inf, 0)
+        return found
 
     def _gather(self, logits: Tensor) -> Tensor | None:
         """[R, vocabulary] on rank 0."""
@@ -72,6 +101,26 @@ class RanksSampler:
         if parts is None:
             return None
         return parts.flatten(1)[:, : self._vocabulary]
+
+
+class _Roads(NamedTuple):
+    """Rows by what ranks bring of them, in rising order."""
+
+    greedy: list[int]
+    """The largest logit."""
+    among: list[int]
+    """The largest ones, as many as top_k."""
+    whole: list[int]
+    """All."""
+
+
+def _roads(samples: Samples, width: int) -> _Roads:
+    """`width` are the logits of each rank. The same on every rank, which do not all know what edits are."""
+    is_random, top_k = samples.settings["temperature"] != 0, samples.settings["top_k"]
+    is_whole = is_random & ((top_k == 0) | (_COST_OF_CANDIDATES * top_k > width))
+    is_whole[[*samples.edits, *samples.logprobs]] = True
+    masks = (~is_random & ~is_whole, is_random & ~is_whole, is_whole)
+    return _Roads(*(np.flatnonzero(mask).tolist() for mask in masks))
 
 
 def _most_probable(found: Tensor) -> Drawn:

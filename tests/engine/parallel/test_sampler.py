@@ -18,6 +18,9 @@ KINDS = [
     SamplingParams(temperature=0.0, logprobs=3),
     SamplingParams(temperature=0.9, top_p=0.8),
     SamplingParams(temperature=1.1, top_k=5, logprobs=0),
+    SamplingParams(temperature=1.1, top_k=4),
+    SamplingParams(temperature=2.0, top_k=3, top_p=0.7, min_p=0.01),
+    SamplingParams(temperature=0.5, top_k=1),
     SamplingParams(temperature=0.0, logit_bias={3: 9.0}),
     SamplingParams(temperature=0.0, allowed_token_ids=[1, 5]),
 ]
@@ -28,6 +31,8 @@ class Lockstep:
 
     def __init__(self, size: int) -> None:
         self.rank = 0
+        self.values = 0
+        """That each rank has brought."""
         self._size = size
         self._brought: list[list[Tensor]] = [[] for _ in range(size)]
 
@@ -35,6 +40,7 @@ class Lockstep:
         if self.rank:
             self._brought[self.rank].append(x.clone())
             return None
+        self.values += x.numel()
         others = [self._brought[rank].pop(0) for rank in range(1, self._size)]
         return torch.stack([x, *others], dim=1)
 
@@ -55,8 +61,8 @@ def parts_of(logits: Tensor, size: int, unit: int) -> list[tuple[range, Tensor]]
     return found
 
 
-def drawn_in_parts(logits: Tensor, samples: Samples, size: int, unit: int) -> Drawn:
-    ranks = Lockstep(size)
+def drawn_in_parts(logits: Tensor, samples: Samples, size: int, unit: int, ranks: Lockstep | None = None) -> Drawn:
+    ranks = ranks or Lockstep(size)
     answer = Drawn([], [])
     for rank, (held, part) in sorted(enumerate(parts_of(logits, size, unit)), reverse=True):
         ranks.rank = rank
@@ -88,6 +94,16 @@ def test_parts_draw_what_the_whole_draws(drawn: tuple[Tensor, Samples], size: in
     """Also where ranks have no id at all, rows are -inf throughout or hold NaN, and the largest logit is negative."""
     logits, samples = drawn
     assert drawn_in_parts(logits, samples, size, unit) == Sampler().sample(logits, samples)
+
+
+def test_of_a_row_with_a_top_k_no_more_than_its_candidates_are_brought() -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 4000)).astype(np.float32))
+    kinds = [SamplingParams(temperature=0.0), SamplingParams(top_k=20), SamplingParams(top_k=7, top_p=0.9)]
+    samples = Samples.of([SampleRow(row, kind, 7 + row, 0, 11) for row, kind in enumerate(kinds)])
+    ranks = Lockstep(2)
+    assert drawn_in_parts(logits, samples, 2, 32, ranks) == Sampler().sample(logits, samples)
+    # The largest of each row, with its id, and twenty and one of two.
+    assert ranks.values == 2 * (3 + 2 * 21)
 
 
 def test_prompt_logprobs_are_those_of_the_whole() -> None:
