@@ -66,7 +66,8 @@ def load(
     backend = device.backend(loaded, group)
     decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
     kv_dtype = _kv_dtype(config, path, device, loaded.dtype)
-    facts = (kv_dtype, backend.kv_layout, device.page_tokens, loaded.dtype, backend.name)
+    # The bytes of the weights tell how they are held: another version of this code may quantize others of them.
+    facts = (kv_dtype, backend.kv_layout, device.page_tokens, loaded.dtype, backend.name, loaded.num_bytes)
     namespace = _namespace(config, path, place, *map(str, facts))
     return ReadyModel(device, backend, decoder, kv_dtype, loaded.num_bytes, namespace)
 

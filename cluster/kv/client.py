@@ -1,8 +1,7 @@
 """A replica's way to the KV host of its node: the `engine.kv.tier.Tier` of a real engine.
 
-Owns one thread, which talks to the host and makes all copies: between the device's pages and the shared segment each
-page lies in a buffer that the cache of the CPU holds, and is summed up there. Knows no sequence. When the host is gone
-nothing is there, until it is back.
+Owns one thread, which talks to the host and makes all copies. Knows no sequence. When the host is gone nothing is
+there, until it is back.
 """
 
 import itertools
@@ -17,14 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from cluster.kv.allowance import Allowance
-from cluster.kv.checksum import crc32c
 from cluster.kv.commits import Commits
 from cluster.kv.connection import Connection, HostRefused, connect
 from cluster.kv.grants import Grants
 from cluster.kv.loads import MEMORY_GUESS, LoadCosts, RunningLoad
+from cluster.kv.passage import Passage
 from cluster.kv.segment import SegmentError
 from cluster.kv.wire import (
     VERSION,
@@ -93,9 +90,7 @@ class TierClient:
         `parts`: layouts that the budgets of one host are for."""
         self._find_host = find_host
         self._hello = Hello(VERSION, layout, memory.page_bytes, name, parts)
-        self._memory = memory
-        self._passing = np.empty(memory.page_bytes, np.uint8)
-        """The page that is being copied."""
+        self._passage = Passage(memory)
         self._bandwidth = bandwidth
         self._choose = choose
         self._clock = clock
@@ -326,9 +321,7 @@ class TierClient:
         """Copies a page to a slot of ours; what to commit."""
         began = self._clock()
         slot = connection.credits.popleft()
-        self._memory.read(save.page, self._passing)
-        entry = Entry(slot, save.key, save.parent, crc32c(self._passing))
-        connection.segment.write(slot, self._passing)
+        entry = Entry(slot, save.key, save.parent, self._passage.out(save.page, connection.segment, slot))
         self._save_cost.observe(1, self._clock() - began)
         return entry
 
@@ -357,13 +350,11 @@ class TierClient:
         """Copies the next pages of a load; ends it when these were the last, or one is not what it should be."""
         began, count = self._clock(), 0
         for slot, crc in zip(slots, crcs, strict=True):
-            connection.segment.read(slot, self._passing)
-            if crc32c(self._passing) != crc:
+            if not self._passage.into(running.load.pages[running.copied], connection.segment, slot, crc):
                 self._stats.pages_corrupt += 1
                 connection.send(Corrupt([running.load.keys[running.copied]]))
                 running.cut_short()
                 break
-            self._memory.write(running.load.pages[running.copied], self._passing)
             running.copied += 1
             count += 1
             self._throttle(began, count)
@@ -377,7 +368,7 @@ class TierClient:
 
     def _throttle(self, began: float, pages: int) -> None:
         if self._bandwidth.load is not None:
-            due = began + pages * self._memory.page_bytes / self._bandwidth.load
+            due = began + pages * self._hello.page_bytes / self._bandwidth.load
             time.sleep(max(0.0, due - self._clock()))
 
     def _end(self, connection: Connection, running: RunningLoad) -> None:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from cluster.kv.client import ANSWER_TIMEOUT_S, UNLIMITED, Bandwidth, TierClient
 from cluster.kv.segment import Segment
-from engine.kv.tier import Answer, Load, Loaded, Save, Saved
+from engine.kv.tier import Load, Loaded, Save, Saved
+from tests.cluster.kv.answers import answers_of
 from tests.cluster.kv.hosts import PATIENCE_S, Host, eventually
 
 PAGE_BYTES = 5000
@@ -56,15 +57,6 @@ def connect(host: Host) -> Iterator[Callable[..., TierClient]]:
 
 def keys_of(count: int, chain: str = "a") -> list[bytes]:
     return [hashlib.sha256(f"{chain} {number}".encode()).digest() for number in range(count)]
-
-
-def answers_of(client: TierClient, count: int) -> list[Answer]:
-    found: list[Answer] = []
-    deadline = time.monotonic() + PATIENCE_S
-    while len(found) < count:
-        assert time.monotonic() < deadline, f"{len(found)} answers came, {count} were due"
-        found += client.poll(0.1)
-    return found
 
 
 def save(client: TierClient, keys: Sequence[bytes]) -> list[bool]:

@@ -11,9 +11,10 @@ import pytest
 from cluster.kv.client import ANSWER_TIMEOUT_S, UNLIMITED, Bandwidth, TierClient
 from cluster.shards.tier import GroupTier
 from engine.kv.tier import Load, Loaded, Save, Saved
+from tests.cluster.kv.answers import answers_of
 from tests.cluster.kv.hosts import Host, eventually
 from tests.cluster.kv.test_client import PAGE_BYTES, Pages, keys_of
-from tests.cluster.shards.group_tiers import answers, group_of, is_quiet
+from tests.cluster.shards.group_tiers import group_of, is_quiet
 
 COUNT = 20
 SLOW = Bandwidth(load=PAGE_BYTES / 0.2)
@@ -31,7 +32,7 @@ class Group:
         eventually(lambda: self.tier.poll(0.01) == [] and self.tier.room() >= COUNT)
         parents = [b"", *self.keys]
         self.tier.save([Save(key, parents[page], page) for page, key in enumerate(self.keys)])
-        assert sorted(answers(self.tier, COUNT), key=str) == sorted([Saved(n, True) for n in range(COUNT)], key=str)
+        assert sorted(answers_of(self.tier, COUNT), key=str) == sorted([Saved(n, True) for n in range(COUNT)], key=str)
 
     def load(self, first: int = 0, into: int = COUNT) -> None:
         """Begins to load what page `first` held, and those after it."""
@@ -39,7 +40,7 @@ class Group:
         self.tier.load(Load(1, self.keys[first:], list(range(into, into + count)), lambda done: 1e6 * (count - done)))
 
     def loaded(self) -> Loaded:
-        (answer,) = answers(self.tier, 1)
+        (answer,) = answers_of(self.tier, 1)
         assert isinstance(answer, Loaded)
         return answer
 

@@ -12,7 +12,7 @@ import zmq
 from cluster.shards.door import Doors
 from cluster.shards.tier import GroupTier, RankTier
 from engine.batch import Batch, StepOutput
-from engine.kv.tier import Answer, Tier
+from engine.kv.tier import Tier
 from tests.engine.fake_tier import FakeTier
 from tests.engine.fakes import LedgerRunner
 
@@ -48,15 +48,6 @@ def until(made: GroupTier, condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come true in time"
         assert made.poll(0.01) == []
-
-
-def answers(made: GroupTier, count: int) -> list[Answer]:
-    found: list[Answer] = []
-    deadline = time.monotonic() + PATIENCE_S
-    while len(found) < count:
-        assert time.monotonic() < deadline, f"{len(found)} answers of {count}"
-        found += made.poll(0.01)
-    return found
 
 
 def is_quiet(made: GroupTier, seconds: float = 0.1) -> bool:

@@ -15,12 +15,12 @@ from engine.kv.pages import PagePool
 from engine.kv.tier import Answer, Load, Loaded
 from engine.limits import Limits
 from engine.scheduler import Scheduler
+from tests.cluster.kv.answers import answers_of
 from tests.cluster.shards.group_tiers import (
     KEYS,
     PAGE_TOKENS,
     PAGES,
     AllRanks,
-    answers,
     filled,
     group_of,
     is_quiet,
@@ -72,7 +72,7 @@ def test_a_load_that_is_given_up_ends_with_the_pages_that_all_ranks_have() -> No
         made.load(asked(7))
         assert is_quiet(made)
         made.give_up(7)
-        assert answers(made, 1) == [Loaded(7, 1, recompute_seconds=1.0)]
+        assert answers_of(made, 1) == [Loaded(7, 1, recompute_seconds=1.0)]
         assert made.stats().pages_loaded == 1
         for runner in runners:
             for page in range(10, 16):
@@ -96,7 +96,7 @@ def test_its_pages_are_not_given_back_before_the_last_rank_has_stopped() -> None
         made.give_up(7)
         clients[1].num_pages = 4
         clients[1].is_stuck = False
-        assert answers(made, 1) == [Loaded(7, 3, recompute_seconds=3.0)]
+        assert answers_of(made, 1) == [Loaded(7, 3, recompute_seconds=3.0)]
         assert [len(client.given_up) for client in clients] == [1, 1], "each is told once"
 
 
@@ -108,21 +108,21 @@ def test_what_is_over_is_not_given_up_and_neither_is_the_next_load_of_that_ticke
         until(made, lambda: made.host() > 0)
         made.give_up(7)
         made.load(asked(7))
-        assert answers(made, 1) == [Loaded(7, 6, recompute_seconds=6.0)]
+        assert answers_of(made, 1) == [Loaded(7, 6, recompute_seconds=6.0)]
         made.give_up(7)
         for client in clients:
             client.num_pages = 2
         made.load(asked(7))
         assert is_quiet(made)
         made.give_up(7)
-        assert answers(made, 1) == [Loaded(7, 2, recompute_seconds=2.0)]
+        assert answers_of(made, 1) == [Loaded(7, 2, recompute_seconds=2.0)]
         for client in clients:
             client.num_pages = 5
         made.load(asked(7))
         assert is_quiet(made)
         for client in clients:
             client.num_pages = 6
-        assert answers(made, 1) == [Loaded(7, 6, recompute_seconds=6.0)]
+        assert answers_of(made, 1) == [Loaded(7, 6, recompute_seconds=6.0)]
 
 
 def test_what_one_rank_has_nothing_of_is_not_waited_for() -> None:
@@ -132,7 +132,7 @@ def test_what_one_rank_has_nothing_of_is_not_waited_for() -> None:
     with group_of(*clients) as made:
         until(made, lambda: made.host() > 0)
         made.load(asked(7))
-        assert [(answer.ticket, answer.num_pages) for answer in answers(made, 1)] == [(7, 0)]
+        assert [(answer.ticket, answer.num_pages) for answer in answers_of(made, 1)] == [(7, 0)]
 
 
 class Group:

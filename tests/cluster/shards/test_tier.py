@@ -16,7 +16,8 @@ from engine.kv.pages import PagePool
 from engine.kv.tier import Load, Loaded, Save
 from engine.limits import Limits
 from engine.scheduler import Scheduler
-from tests.cluster.shards.group_tiers import KEYS, PAGE_TOKENS, PAGES, AllRanks, answers, filled, group_of, until
+from tests.cluster.kv.answers import answers_of
+from tests.cluster.shards.group_tiers import KEYS, PAGE_TOKENS, PAGES, AllRanks, filled, group_of, until
 from tests.engine.fake_tier import Contents, FakeTier, at_random
 from tests.engine.fakes import VOCAB, LedgerRunner, run_to_end
 from tests.engine.rig import expected, request
@@ -29,7 +30,7 @@ def test_a_page_is_saved_once_all_ranks_have_and_refused_if_one_has_not() -> Non
     with group_of(*clients) as made:
         until(made, lambda: made.host() > 0)
         made.save([Save(KEYS[0], b"", 3), Save(KEYS[1], KEYS[0], 4)])
-        assert sorted(answers(made, 2), key=str) == [tier.Saved(3, True), tier.Saved(4, False)]
+        assert sorted(answers_of(made, 2), key=str) == [tier.Saved(3, True), tier.Saved(4, False)]
         assert made.may_have(KEYS[0]) and not made.may_have(KEYS[1])
         assert (made.stats().pages_saved, made.stats().pages_refused) == (1, 1)
 
@@ -41,9 +42,9 @@ def test_as_many_pages_are_loaded_as_the_rank_that_has_fewest() -> None:
         until(made, lambda: made.room() >= 3)
         parents = [b"", *KEYS]
         made.save([Save(key, parent, page) for page, (key, parent) in enumerate(zip(KEYS[:3], parents, strict=False))])
-        answers(made, 3)
+        answers_of(made, 3)
         made.load(Load(7, KEYS[:3], [10, 11, 12], lambda count: 9.0 - count))
-        assert answers(made, 1) == [Loaded(7, 2, 2.0, 1.0, 2.0)]
+        assert answers_of(made, 1) == [Loaded(7, 2, 2.0, 1.0, 2.0)]
     for runner in runners:
         assert [runner.page(page) for page in (10, 11)] == [[0, 0], [1, 1]]
 
@@ -56,7 +57,7 @@ def test_another_host_of_any_rank_is_another_host() -> None:
         assert made.host() == 0 and made.room() == 0, "before anything is heard of the ranks"
         until(made, lambda: made.host() > 0)
         made.save([Save(KEYS[0], b"", 3)])
-        answers(made, 1)
+        answers_of(made, 1)
         first = made.host()
         clients[1].end_host()
         until(made, lambda: made.host() == 0)
