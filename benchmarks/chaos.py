@@ -133,9 +133,9 @@ def run_kills(server: Server, calm: Calm, plan: Plan) -> Tally:
     for number in range(1, plan.kills + 1):
         victim = plan.victims[(number - 1) % len(plan.victims)]
         blow = Blow(rng.uniform(earliest, latest), plan.decoding)
-        pid = rng.choice(server.pids(victim))
+        process = rng.choice(server.processes(victim))
         asked = salted(calm.asked, str(number))
-        strike = partial(server.kill, victim, pid, plan.how)
+        strike = partial(server.kill, victim, process, plan.how)
         answers, moment = asyncio.run(ask_under(server.url, asked, blow, strike, comes_back=comes_back))
         _await_all(server, victim)
         cut = tally.victims[victim].cut
@@ -155,7 +155,11 @@ def _await_all(server: Server, victim: str) -> None:
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while not server.complete():
         if time.monotonic() > deadline:
-            raise SystemExit(f"the {victim} that was killed is not replaced after {ANSWER_TIMEOUT_S:.0f} s")
+            missing = server.missing() or "it does not say that it is ready"
+            raise SystemExit(
+                f"the {victim} that was killed is not replaced after {ANSWER_TIMEOUT_S:.0f} s: {missing}\n"
+                f"{server.last_words()}"
+            )
         time.sleep(_POLL_S)
     time.sleep(_STARTED_S if victim == "gateway" else _LISTED_S)
 

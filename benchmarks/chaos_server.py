@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import processes
+from benchmarks.processes import ProcessTime
 from benchmarks.start import is_ready, reachable, wait
 from cluster.ports import free_ports
 
@@ -49,7 +50,7 @@ class Server:
         self._ranks = tensor * pipeline
         self._counts = {"replica": replicas, "kv-host": int(kv_host), "gateway": gateways}
         self._counts["rank"] = replicas * self._ranks if self._ranks > 1 else 0
-        self._killed: dict[str, set[int]] = {name: set() for name in VICTIMS}
+        self._killed: dict[str, set[tuple[int, int]]] = {name: set() for name in VICTIMS}
         self._num_linked = 0
         """How often a replica had found a KV host when one was killed last."""
         self._log = log
@@ -63,8 +64,8 @@ class Server:
             self.close()
             raise
 
-    def pids(self, victim: str) -> list[int]:
-        """Process ids of all of that name."""
+    def processes(self, victim: str) -> list[ProcessTime]:
+        """All of that name."""
         found = []
         for entry in processes.tree(self._process.pid):
             try:
@@ -72,34 +73,42 @@ class Server:
             except OSError:
                 continue
             if VICTIMS[victim] in command:
-                found.append(entry.pid)
+                found.append(entry)
         return found
 
-    def kill(self, victim: str, pid: int, how: int) -> None:
+    def kill(self, victim: str, process: ProcessTime, how: int) -> None:
         """Sends a signal that ends a process, or that has it replaced."""
         if victim == "kv-host":
             self._num_linked = len(_LINKED.findall(self._logged()))
-        os.kill(pid, how)
-        self._killed[victim].add(pid)
+        os.kill(process.pid, how)
+        self._killed[victim].add(process.identity)
 
     def complete(self) -> bool:
-        """Whether there are as many of each as there should be, none of them killed, and all serve.
+        """Whether nothing is missing, and all serve."""
+        return self.missing() is None and is_ready(self._http)
+
+    def missing(self) -> str | None:
+        """What keeps it from having as many of each as there should be, none of them killed.
 
         By the log: metrics keep those of a dead one for a while, and a process is there before it serves.
         """
         for name, count in self._counts.items():
-            pids = self.pids(name)
-            if len(pids) != count or self._killed[name].intersection(pids):
-                return False
+            there = {process.identity for process in self.processes(name)}
+            if len(there) != count or self._killed[name] & there:
+                return f"{count} {name} should be there, {len(there - self._killed[name])} are"
         logged = self._logged()
         # With a rank, its replica goes too.
         num_loaded = len(set(_LOADED.findall(logged))) - len(self._killed["replica"]) - len(self._killed["rank"])
         num_linked = len(_LINKED.findall(logged)) - self._num_linked
         if num_loaded != self._counts["replica"]:
-            return False
+            return f"{self._counts['replica']} replicas should have loaded, {num_loaded} have"
         if num_linked < self._counts["kv-host"] * num_loaded * self._ranks:
-            return False
-        return is_ready(self._http)
+            return "a replica has not found the KV host"
+        return None
+
+    def last_words(self, lines: int = 20) -> str:
+        """The end of its log."""
+        return "\n".join(self._logged().splitlines()[-lines:])
 
     def _logged(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")

@@ -16,6 +16,13 @@ class ProcessTime:
     parent: int
     name: str
     seconds: float
+    started: int
+    """Clock ticks after the machine did. A process id is used again some time after its process has ended."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """That no other process ever has."""
+        return self.pid, self.started
 
 
 def tree(root: int) -> list[ProcessTime]:
@@ -70,4 +77,5 @@ def _read(directory: Path) -> ProcessTime:
         parent=int(fields[1]),
         name=name,
         seconds=(int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND,
+        started=int(fields[19]),
     )

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,31 @@ def test_a_tree_holds_children_of_children_and_nothing_else() -> None:
         grandparent.wait()
     with pytest.raises(ProcessLookupError):
         processes.tree(grandparent.pid)
+
+
+def test_a_process_that_gets_the_id_of_one_that_has_ended_is_another_one() -> None:
+    def started() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sleep", "30"])
+
+    def ended(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+        (entry,) = processes.tree(process.pid)
+        process.kill()
+        process.wait()
+        return entry.identity
+
+    first = ended(started())
+    for _ in range(100):
+        time.sleep(0.02)
+        try:
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(first[0] - 1))
+        except OSError as error:
+            pytest.skip(f"ids cannot be chosen here: {error}")
+        second = ended(started())
+        if second[0] == first[0]:
+            break
+    else:
+        pytest.skip("others took the id")
+    assert second != first
 
 
 def test_cpu_shares_tell_the_busy_from_the_idle() -> None:

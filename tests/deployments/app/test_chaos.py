@@ -81,7 +81,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_killed_replica_costs_no_answer_and_no_connection(server: Server, calm: Calm) -> None:
-    strike = partial(server.kill, "replica", server.pids("replica")[0], signal.SIGKILL)
+    strike = partial(server.kill, "replica", server.processes("replica")[0], signal.SIGKILL)
     answers = answers_under(server, calm, "replica killed", strike)
     assert not any(answer.resumed or answer.repeated for answer in answers)
     until(lambda: bool(server.continued() & {answer.id for answer in answers}))  # the log may come later
@@ -89,7 +89,7 @@ def test_a_killed_replica_costs_no_answer_and_no_connection(server: Server, calm
 
 
 def test_a_killed_gateway_costs_no_answer(server: Server, calm: Calm) -> None:
-    strike = partial(server.kill, "gateway", server.pids("gateway")[0], signal.SIGKILL)
+    strike = partial(server.kill, "gateway", server.processes("gateway")[0], signal.SIGKILL)
 
     answers = answers_under(server, calm, "gateway killed", strike)
     assert any(answer.resumed or answer.repeated for answer in answers), "nobody was at that gateway"
@@ -98,7 +98,7 @@ def test_a_killed_gateway_costs_no_answer(server: Server, calm: Calm) -> None:
 
 def test_a_killed_kv_host_costs_no_connection(server: Server, calm: Calm) -> None:
     until(lambda: sum(server.series("manta:kv_host_memory_pages")) > 0)
-    strike = partial(server.kill, "kv-host", server.pids("kv-host")[0], signal.SIGKILL)
+    strike = partial(server.kill, "kv-host", server.processes("kv-host")[0], signal.SIGKILL)
     answers = answers_under(server, calm, "host killed", strike)
     assert not any(answer.resumed or answer.repeated for answer in answers)
     until(server.complete)
@@ -106,7 +106,7 @@ def test_a_killed_kv_host_costs_no_connection(server: Server, calm: Calm) -> Non
 
 def test_a_stopped_kv_host_stops_neither_replicas_nor_those_who_take_their_streams(server: Server, calm: Calm) -> None:
     """A replica dies too: the other one looks for pages at a host that says nothing, for as long as it has patience."""
-    host, replica = server.pids("kv-host")[0], server.pids("replica")[0]
+    host, replica = server.processes("kv-host")[0], server.processes("replica")[0]
 
     def strike() -> None:
         server.kill("kv-host", host, signal.SIGSTOP)
@@ -119,7 +119,7 @@ def test_a_stopped_kv_host_stops_neither_replicas_nor_those_who_take_their_strea
 
 def test_a_gateway_that_is_stopped_for_a_while_costs_no_answer(server: Server, calm: Calm) -> None:
     """It finishes what is no stream, and learns that clients have taken their streams elsewhere."""
-    victim = server.pids("gateway")[0]
+    victim = server.processes("gateway")[0].pid
 
     def strike() -> None:
         os.kill(victim, signal.SIGSTOP)
@@ -134,7 +134,7 @@ def test_the_kv_host_that_was_stopped_is_started_again(server: Server) -> None:
 
 
 def test_a_stopped_replica_is_found_and_its_streams_go_on_within_seconds(server: Server, calm: Calm) -> None:
-    victim = server.pids("replica")[0]
+    victim = server.processes("replica")[0].pid
     moments: list[float] = []
 
     def strike() -> None:
