@@ -20,7 +20,7 @@ import zmq
 
 from cluster.kv.wire import WireError
 from cluster.shards.door import Door, Doors
-from cluster.shards.link import Link
+from cluster.shards.link import Entrance, Link
 from cluster.shards.watch import BEAT_S, Loss, Watch
 from cluster.shards.wire import Alive, Beat, Fault, Message, decode, encode, without_edits
 from engine.batch import Batch
@@ -102,10 +102,9 @@ class GroupChannel:
         Nothing is sent before: it would be lost on whoever is not there yet.
         """
         for rank, entrance in enumerate(self._doors.work):
-            self._await(rank, entrance.readable)
-            link = entrance.admit()
+            link = self._admit(rank, entrance)
             self._links.append(link)
-            self._await(rank, link.readable)
+            self._await(rank, link.readable, CONNECT_TIMEOUT_S)
             self._receive(rank)
         self._poller.register(self._links[self._answering].readable, zmq.POLLIN)
         self._tell(self._follow)
@@ -156,12 +155,20 @@ class GroupChannel:
         for bell in (self._news_bell, self._lost_bell):
             os.close(bell)
 
-    def _await(self, rank: int, readable: "int | zmq.Socket[bytes]") -> None:
+    def _admit(self, rank: int, entrance: Entrance) -> Link:
+        """The link to a rank, whoever else may come before it."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT_S
+        while True:
+            self._await(rank, entrance.readable, deadline - time.monotonic())
+            if (link := entrance.admit()) is not None:
+                return link
+
+    def _await(self, rank: int, readable: int, seconds: float) -> None:
         """Waits for something that a rank does while it starts."""
         poller = zmq.Poller()
         poller.register(readable, zmq.POLLIN)
         poller.register(self._lost_bell, zmq.POLLIN)
-        if readable not in dict(poller.poll(_milliseconds(CONNECT_TIMEOUT_S))):
+        if readable not in dict(poller.poll(_milliseconds(seconds))):
             self._give_up(rank, f"it has not come in {CONNECT_TIMEOUT_S:g} s")
 
     def _receive(self, rank: int) -> bytearray:
@@ -211,12 +218,16 @@ class GroupChannel:
             socket.close()
 
     def _follow(self) -> None:
-        """All ranks are there: from now on each is to be heard, and those of this node are not to end."""
+        """All ranks are there: from now on each is to be heard, and none is to end."""
         self._watch.arm()
         for rank, link in enumerate(self._links):
             if self._near[rank]:
                 self._ends[link.readable] = rank
                 self._pulse_poller.register(link.readable, zmq.POLLERR)
+            elif rank != self._answering:
+                # The end of a TCP stream is read; and nothing else is there, as this rank says nothing on it.
+                self._ends[link.readable] = rank
+                self._pulse_poller.register(link.readable, zmq.POLLIN)
 
     def _hear(self, rank: int, socket: "zmq.Socket[bytes]") -> None:
         with contextlib.suppress(zmq.Again):

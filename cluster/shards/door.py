@@ -1,8 +1,8 @@
 """How the ranks of a group and the group find each other: addresses, keys, and the sockets at both ends.
 
-Ranks of the group's node come through Unix sockets in a folder that is this user's alone; those of other nodes by TCP,
-encrypted with CURVE (RFC 26/ZMTP), where each socket admits the one key that was made for its rank. The keys travel
-through Ray, to the actor that they are for.
+Ranks of the group's node come through Unix sockets in a folder that is this user's alone; those of other nodes by TCP.
+Their batches are sealed (`cluster.shards.sealed`), all else is encrypted with CURVE (RFC 26/ZMTP), where each socket
+admits the one key that was made for its rank. The keys travel through Ray, to the actor that they are for.
 """
 
 import fcntl
@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from cluster.shards.fields import MAX_BYTES
-from cluster.shards.link import Entrance, FarLink, Link, NearEntrance, NearLink
+from cluster.shards.link import Entrance, Link, NearEntrance, NearLink
+from cluster.shards.sealed import FarEntrance, FarLink, StreamKeys
 
 HIGH_WATER = 1024
 """Messages that may wait at either end of a socket: far more than there are batches in flight."""
@@ -35,6 +37,8 @@ class Keys:
     group: bytes
     public: bytes
     secret: bytes = field(repr=False)
+    stream: StreamKeys
+    """Of the stream of batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +55,24 @@ class Door:
     keys: Keys | None = field(default=None, repr=False)
     folder: str = ""
     """To be removed when nobody else is left to do so; empty for a rank of another node."""
+    long: str = ""
+    """Where long batches come from and long outputs go to, for a rank of another node."""
 
     def link(self, context: "zmq.Context[zmq.Socket[bytes]]", timeout_s: float) -> Link:
         """The rank's end of what carries its batches. Raises ConnectionError."""
         if self.work.startswith(_NEAR):
             return NearLink.to(self.work.removeprefix(_NEAR))
-        made = self.connect(context, self.work)
-        if not made.poll(int(1000 * timeout_s), zmq.POLLOUT):
-            made.close()
-            raise ConnectionError(f"nobody answers at {self.work}")
-        return FarLink(made)
+        assert self.keys is not None
+        beside = self.connect(context, self.long)
+        try:
+            if not beside.poll(int(1000 * timeout_s), zmq.POLLOUT):
+                raise ConnectionError(f"nobody answers at {self.long}")
+            where = urlsplit(self.work)
+            assert where.hostname is not None and where.port is not None
+            return FarLink.to((where.hostname, where.port), self.keys.stream, beside, timeout_s)
+        except ConnectionError:
+            beside.close()
+            raise
 
     def connect(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str) -> "zmq.Socket[bytes]":
         """A ZeroMQ socket at the rank's end of one of these."""
@@ -135,11 +147,15 @@ class Doors:
         domain = f"rank{rank}"
         self._guard.configure_curve_callback(domain, _Only(public))
         sockets = [self._encrypted(domain, address) for _ in range(3)]
-        self.work.append(FarLink(sockets[0]))
-        self.pulse.append(sockets[1])
-        self.pages.append(sockets[2])
-        work, pulse, pages = (made.get_string(zmq.LAST_ENDPOINT).rstrip("\0") for made in sockets)
-        return Door(rank, work, pulse, pages, Keys(self._public, public, secret))
+        long, pulse, pages = sockets
+        self.pulse.append(pulse)
+        self.pages.append(pages)
+        keys = Keys(self._public, public, secret, StreamKeys.new())
+        entrance = FarEntrance(address, keys.stream, long)
+        self.work.append(entrance)
+        host = f"[{address}]" if ":" in address else address
+        places = [made.get_string(zmq.LAST_ENDPOINT).rstrip("\0") for made in sockets]
+        return Door(rank, f"tcp://{host}:{entrance.port}", places[1], places[2], keys, long=places[0])
 
     def _encrypted(self, domain: str, address: str) -> "zmq.Socket[bytes]":
         made = socket(self._context)

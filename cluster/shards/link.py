@@ -1,8 +1,8 @@
 """What carries the batches of one rank to it, and its outputs back: whole messages, in order.
 
-On one node that is a Unix stream: the thread that waits for a batch reads it by itself, where ZeroMQ has threads of its
-own that must wake first, at both ends. Between nodes it is a ZeroMQ socket, which encrypts. Knows no message;
-`cluster.shards.door` opens both kinds.
+The thread that waits for a batch reads it by itself, from a stream, where ZeroMQ has threads of its own that must wake
+first, at both ends. On one node that is a Unix stream; `cluster.shards.sealed` has the one between nodes. Knows no
+message; `cluster.shards.door` opens both kinds.
 """
 
 import array
@@ -12,8 +12,6 @@ import socket
 import struct
 from pathlib import Path
 from typing import Protocol
-
-import zmq
 
 from cluster.kv.wire import WireError
 from cluster.shards.fields import MAX_BYTES
@@ -26,7 +24,8 @@ not wait for a rank that is busy with the batch before, least of all while that 
 output."""
 _BUFFER_BYTES = 4 * 2**20
 """That may wait, if the system allows it."""
-_LENGTH = struct.Struct("<I")
+LENGTH = struct.Struct("<I")
+"""What each message on a stream follows."""
 _TIMEOUT = struct.Struct("@ll")
 _EXTRA = socket.CMSG_SPACE(array.array("i").itemsize)
 
@@ -35,8 +34,8 @@ class Link(Protocol):
     """One end, for one thread."""
 
     @property
-    def readable(self) -> "int | zmq.Socket[bytes]":
-        """What a poller is to wait on for something to receive: a file descriptor, or a socket."""
+    def readable(self) -> int:
+        """The file descriptor that a poller is to wait on for something to receive."""
 
     def send(self, data: bytes) -> None:
         """Raises TimeoutError if the other end takes no more, and ConnectionError if it is gone."""
@@ -51,13 +50,32 @@ class Entrance(Protocol):
     """Where one rank comes in."""
 
     @property
-    def readable(self) -> "int | zmq.Socket[bytes]":
-        """What a poller is to wait on for it to come."""
+    def readable(self) -> int:
+        """The file descriptor that a poller is to wait on for it to come."""
 
-    def admit(self) -> Link:
-        """The group's end, once the rank has come."""
+    def admit(self) -> Link | None:
+        """The group's end, once somebody has come; None where that was not the rank."""
 
     def close(self) -> None: ...
+
+
+def limit_sending(connection: socket.socket) -> None:
+    """Has it wait no longer than TAKE_TIMEOUT_S, and then raise BlockingIOError. Python's own timeout would ask the
+    system before each read and write whether it can be done."""
+    timeout = _TIMEOUT.pack(int(TAKE_TIMEOUT_S), int(TAKE_TIMEOUT_S % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+
+def read_exactly(connection: socket.socket, count: int) -> bytearray:
+    """The next so many bytes of a stream. Raises ConnectionError where it ends before."""
+    data = bytearray(count)
+    left = memoryview(data)
+    while left:
+        read = connection.recv_into(left, 0, socket.MSG_WAITALL)
+        if not read:
+            raise ConnectionError("the other end is gone")
+        left = left[read:]
+    return data
 
 
 class NearLink:
@@ -67,9 +85,7 @@ class NearLink:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-        # Python's own timeout would ask the system before each read and write whether it can be done.
-        timeout = _TIMEOUT.pack(int(TAKE_TIMEOUT_S), int(TAKE_TIMEOUT_S % 1 * 1e6))
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        limit_sending(connection)
 
     @classmethod
     def to(cls, path: str) -> "NearLink":
@@ -87,7 +103,7 @@ class NearLink:
         return self._connection.fileno()
 
     def send(self, data: bytes) -> None:
-        length = _LENGTH.pack(len(data))
+        length = LENGTH.pack(len(data))
         try:
             if len(data) <= INLINE_BYTES:
                 self._connection.sendall(length + data)
@@ -103,7 +119,7 @@ class NearLink:
             raise TimeoutError from None
 
     def receive(self) -> bytearray:
-        head, extra, _, _ = self._connection.recvmsg(_LENGTH.size, _EXTRA)
+        head, extra, _, _ = self._connection.recvmsg(LENGTH.size, _EXTRA)
         if not head:
             raise ConnectionError("the other end is gone")
         with contextlib.ExitStack() as undo:
@@ -112,23 +128,13 @@ class NearLink:
                 files.frombytes(data)
             for file in files:
                 undo.callback(os.close, file)
-            (length,) = _LENGTH.unpack(head + self._read(_LENGTH.size - len(head)))
+            (length,) = LENGTH.unpack(head + read_exactly(self._connection, LENGTH.size - len(head)))
             if length > MAX_BYTES:
                 raise WireError(f"{length} bytes are announced; {MAX_BYTES} are the most of a message")
-            return _content(files[0], length) if files else self._read(length)
+            return _content(files[0], length) if files else read_exactly(self._connection, length)
 
     def close(self) -> None:
         self._connection.close()
-
-    def _read(self, count: int) -> bytearray:
-        data = bytearray(count)
-        left = memoryview(data)
-        while left:
-            read = self._connection.recv_into(left, 0, socket.MSG_WAITALL)
-            if not read:
-                raise ConnectionError("the other end is gone")
-            left = left[read:]
-        return data
 
 
 def _content(file: int, length: int) -> bytearray:
@@ -162,30 +168,3 @@ class NearEntrance:
 
     def close(self) -> None:
         self._listener.close()
-
-
-class FarLink:
-    """Over a ZeroMQ socket, which also lets the rank in. It says nothing of an end that is gone."""
-
-    def __init__(self, made: "zmq.Socket[bytes]") -> None:
-        self._socket = made
-
-    @property
-    def readable(self) -> "zmq.Socket[bytes]":
-        return self._socket
-
-    def admit(self) -> "FarLink":
-        return self
-
-    def send(self, data: bytes) -> None:
-        try:
-            self._socket.send(data, zmq.NOBLOCK)
-        except zmq.Again:
-            raise TimeoutError from None
-
-    def receive(self) -> bytearray:
-        # A copy that may be written to: torch warns of tensors that may not.
-        return bytearray(self._socket.recv())
-
-    def close(self) -> None:
-        self._socket.close()

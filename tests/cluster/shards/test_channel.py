@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ import zmq
 from cluster.shards import channel as channel_module
 from cluster.shards import door as door_module
 from cluster.shards import link as link_module
+from cluster.shards import sealed as sealed_module
 from cluster.shards.channel import ChannelClosed, GroupChannel, RankChannel
 from cluster.shards.door import Door, Keys
 from cluster.shards.fields import MAX_BYTES
-from cluster.shards.link import FarLink
+from cluster.shards.sealed import FarLink, Seal, StreamKeys
 from cluster.shards.watch import Loss
 from cluster.shards.wire import Alive, Beat, without_edits
 from engine.batch import Batch, Edit, StepOutput, StepStats
@@ -186,18 +188,22 @@ def test_a_fault_ends_whoever_waits_with_its_reason(rig: Rig) -> None:
 
 def test_a_rank_that_says_nothing_any_more_is_lost_in_less_than_two_seconds(rig: Rig) -> None:
     group, ranks = rig.joined(False, True)
-    ranks[0].close()
+    # Its connections stay: it hangs.
+    ranks[0]._closing = True
+    ranks[0]._pulse.join(PATIENCE_S)
     began = time.monotonic()
     with pytest.raises(ChannelClosed):
         group.receive()
+    ranks[0]._closing = False
     assert group.loss is not None and group.loss.rank == 0 and "silent" in group.loss.reason
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("near", [True, False])
 @pytest.mark.parametrize("answering", [0, 1])
-def test_a_rank_of_this_node_that_ends_is_lost_at_once(rig: Rig, answering: int) -> None:
-    """Whether somebody waits for its answer or not."""
-    group, ranks = rig.joined(True, True, answering=answering)
+def test_a_rank_that_ends_is_lost_at_once(rig: Rig, near: bool, answering: int) -> None:
+    """Whether somebody waits for its answer or not, on this node or another."""
+    group, ranks = rig.joined(near, near, answering=answering)
     began = time.monotonic()
     ranks[0].close()
     with pytest.raises(ChannelClosed):
@@ -286,12 +292,33 @@ class TestRanksOfOtherNodes:
         assert door.keys is not None and other.keys is not None
         stranger = {
             "nothing": replace(door, keys=None),
-            "the group's key": replace(door, keys=Keys(door.keys.group, public, secret)),
+            "the group's key": replace(door, keys=Keys(door.keys.group, public, secret, StreamKeys.new())),
             "the keys of another rank": replace(door, keys=other.keys),
         }[known]
-        with zmq.Context() as context, stranger.connect(context, stranger.work) as socket:
-            assert not socket.poll(500, zmq.POLLOUT)
+        for endpoint in (stranger.long, stranger.pulse, stranger.pages):
+            with zmq.Context() as context, stranger.connect(context, endpoint) as made:
+                assert not made.poll(200, zmq.POLLOUT)
         assert group.loss is None
+
+    @pytest.mark.parametrize("known", ["nothing", "other keys", "no hello"])
+    def test_a_rank_is_let_in_after_strangers_on_its_stream(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch, known: str
+    ) -> None:
+        monkeypatch.setattr(sealed_module, "HELLO_TIMEOUT_S", 0.1)
+        group = rig.group(False)
+        (door,) = group.doors
+        where = urlsplit(door.work)
+        assert where.hostname is not None and where.port is not None
+        with contextlib.closing(socket.create_connection((where.hostname, where.port))) as stranger:
+            if known == "other keys":
+                hello = Seal(StreamKeys.new().to_group).close(b"hello")
+                stranger.sendall(len(hello).to_bytes(4, "little") + hello)
+            elif known == "no hello":
+                stranger.sendall(b"\0" * 1000)
+            ranks = [rig.rank(door)]
+            group.arm()
+        group.send(decodes(1))
+        assert isinstance(ranks[0].receive(), Batch)
 
     def test_addresses_are_those_of_the_node(self, rig: Rig) -> None:
         door = rig.group(False).doors[0]
@@ -300,7 +327,7 @@ class TestRanksOfOtherNodes:
 
 def test_sockets_are_bounded_and_forget_what_was_not_sent(rig: Rig) -> None:
     group, ranks = rig.joined(True, False)
-    far = [each._socket for each in (group._links[1], ranks[1]._link) if isinstance(each, FarLink)]
+    far = [each._beside for each in (group._links[1], ranks[1]._link) if isinstance(each, FarLink)]
     assert len(far) == 2
     for made in (*far, *group._doors.pulse, *group.pages):
         assert made.linger == 0 and 0 < made.sndhwm < 10_000 and 0 < made.rcvhwm < 10_000
