@@ -18,7 +18,7 @@ def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
     A port that the kernel hands out by itself would not stay free: between this call and the moment that it is
     bound, Ray opens hundreds of sockets with ports of the kernel's choice.
     """
-    family = _family(address)
+    family = family_of(address)
     candidates = list(range(_FIRST_PORT, _first_ephemeral_port()))
     random.SystemRandom().shuffle(candidates)
     found: list[int] = []
@@ -34,13 +34,14 @@ def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
 def hold_port(address: str) -> socket.socket:
     """A free port of an address that `free_ports` gives to nobody else, whichever process asks, until this is closed;
     whoever is told of it may listen there meanwhile, with SO_REUSEADDR."""
-    held = socket.socket(_family(address))
+    held = socket.socket(family_of(address))
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind((address, *free_ports(1, address)))
     return held
 
 
-def _family(address: str) -> socket.AddressFamily:
+def family_of(address: str) -> socket.AddressFamily:
+    """Of an IP address."""
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 

@@ -5,7 +5,6 @@ for this one connection; its number is the nonce, so that none can be changed, l
 ones go by an encrypted ZeroMQ socket beside the stream, whose buffer holds less. Knows no message.
 """
 
-import contextlib
 import select
 import socket
 import time
@@ -17,6 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cluster.kv.wire import WireError
+from cluster.ports import family_of
 from cluster.shards.link import INLINE_BYTES, LENGTH, limit_sending, read_exactly
 
 LONG_TIMEOUT_S = 10.0
@@ -101,19 +101,27 @@ class FarLink:
             self._connection.sendall(LENGTH.pack(len(sealed)) + sealed)
         except (BlockingIOError, zmq.Again):
             raise TimeoutError from None
+        except OSError as error:  # also of a network that says that there is no way
+            raise ConnectionError(f"the other end is gone: {error}") from error
 
     def receive(self) -> bytearray:
         """See `Link`."""
-        (length,) = LENGTH.unpack(read_exactly(self._connection, LENGTH.size))
+        (length,) = LENGTH.unpack(self._read(LENGTH.size))
         if length > INLINE_BYTES + _TAG_BYTES:
             raise WireError(f"{length} bytes are announced; {INLINE_BYTES} are the most of a message here")
-        data = self._opening.open(read_exactly(self._connection, length))
+        data = self._opening.open(self._read(length))
         # A copy that may be written to: torch warns of tensors that may not.
         return bytearray(data) if data else self._long()
 
     def close(self) -> None:
         self._connection.close()
         self._beside.close()
+
+    def _read(self, count: int) -> bytearray:
+        try:
+            return read_exactly(self._connection, count)
+        except OSError as error:
+            raise ConnectionError(f"the other end is gone: {error}") from error
 
     def _long(self) -> bytearray:
         deadline = time.monotonic() + LONG_TIMEOUT_S
@@ -132,12 +140,7 @@ class FarEntrance:
         """Raises OSError."""
         self._keys = keys
         self._beside = beside
-        self._listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._listener.close)
-            self._listener.bind((address, 0))
-            self._listener.listen()
-            undo.pop_all()
+        self._listener = socket.create_server((address, 0), family=family_of(address))
 
     @property
     def port(self) -> int:
@@ -162,8 +165,9 @@ class FarEntrance:
         return FarLink(connection, Seal(self._keys.to_rank), opening, self._beside)
 
     def close(self) -> None:
-        """Lets nobody in any more."""
+        """Lets nobody in any more; not while a link is in use."""
         self._listener.close()
+        self._beside.close()
 
 
 def _first_bytes(connection: socket.socket) -> bytes:

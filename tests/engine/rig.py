@@ -9,8 +9,8 @@ from engine.limits import Limits
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.sequence import Request, Sequence
-from tests.engine.fake_tier import FakeTier
-from tests.engine.fakes import VOCAB, LedgerRunner, PipelinedExecutor, Streams, next_token
+from tests.engine.fake_tier import Contents, FakeTier
+from tests.engine.fakes import VOCAB, LedgerRunner, PipelinedExecutor, Streams, next_token, run_to_end
 
 
 @dataclass
@@ -108,3 +108,13 @@ def expected(prompt: list[int], count: int, seed: int = 0, sample_index: int = 0
     for _ in range(count):
         tokens.append(next_token(tokens, seed, sample_index))
     return tokens[len(prompt) :]
+
+
+def left_behind(*requests: Request) -> Contents:
+    """What a tier has of requests that another engine has run."""
+    contents: Contents = {}
+    rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
+    for each in requests:
+        rig.engine.add(each)
+    run_to_end(rig.engine, rig.streams)
+    return contents

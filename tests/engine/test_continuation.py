@@ -10,7 +10,7 @@ from engine.errors import InvalidRequest
 from engine.policy import LEAST_CHUNK
 from tests.engine.fake_tier import Contents, FakeTier
 from tests.engine.fakes import VOCAB, run_to_end
-from tests.engine.rig import Rig, expected, request
+from tests.engine.rig import Rig, expected, left_behind, request
 
 
 @settings(max_examples=100)
@@ -52,11 +52,8 @@ def test_a_request_that_goes_on_comes_before_those_that_wait() -> None:
 
 
 def test_a_stream_whose_pages_are_there_waits_for_nobodys_prompt() -> None:
-    contents: Contents = {}
     stem, answer = list(range(50)), expected(list(range(50)), 4)
-    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
-    first.engine.add(request("cut", stem, max_tokens=2))
-    run_to_end(first.engine, first.streams)
+    contents = left_behind(request("cut", stem, max_tokens=2))
     for delay in (0, 3):
         rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents, delay=lambda d=delay: d))
         rig.engine.add(request("long", [90] * 1000, max_tokens=2))
@@ -75,11 +72,8 @@ def test_a_stream_whose_pages_are_there_waits_for_nobodys_prompt() -> None:
 
 
 def test_streams_that_decode_wait_for_one_whose_pages_are_there() -> None:
-    contents: Contents = {}
     stem, answer = list(range(50)), expected(list(range(50)), 4)
-    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
-    first.engine.add(request("cut", stem, max_tokens=2))
-    run_to_end(first.engine, first.streams)
+    contents = left_behind(request("cut", stem, max_tokens=2))
     rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents, delay=lambda: 3))
     rig.engine.add(request("decodes", [1, 2], max_tokens=8))
     rig.step()
@@ -97,11 +91,8 @@ def test_streams_that_decode_wait_for_one_whose_pages_are_there() -> None:
 
 
 def test_all_samples_of_a_request_go_on_as_soon_as_the_pages_of_its_prompt_are_there() -> None:
-    contents: Contents = {}
     prompt = list(range(50))
-    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
-    first.engine.add(request("cut", prompt, n=3, max_tokens=2, seed=3))
-    run_to_end(first.engine, first.streams)
+    contents = left_behind(request("cut", prompt, n=3, max_tokens=2, seed=3))
     whole = [expected(prompt, 5, 3, index) for index in range(3)]
     rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
     given_tokens = tuple(tuple(tokens[:1]) for tokens in whole)

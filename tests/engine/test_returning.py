@@ -7,9 +7,9 @@ from engine.policy import LEAST_CHUNK
 from engine.returning import Returning
 from engine.sampling_params import SamplingParams
 from engine.sequence import Order, Request, Sequence
-from tests.engine.fake_tier import Contents, FakeTier
+from tests.engine.fake_tier import FakeTier
 from tests.engine.fakes import run_to_end
-from tests.engine.rig import Rig, expected, request
+from tests.engine.rig import Rig, expected, left_behind, request
 
 PATIENCE_S = 0.25
 
@@ -69,11 +69,8 @@ def test_those_that_decode_wait_for_the_near_ones_for_a_while_and_then_until_non
 
 
 def test_others_go_on_while_a_load_hangs() -> None:
-    contents: Contents = {}
     stem, answer = list(range(50)), expected(list(range(50)), 4)
-    first = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=FakeTier(contents))
-    first.engine.add(request("cut", stem, max_tokens=2))
-    run_to_end(first.engine, first.streams)
+    contents = left_behind(request("cut", stem, max_tokens=2))
     tier = FakeTier(contents, delay=lambda: 10**9)
     rig = Rig(num_pages=400, page_tokens=4, max_batch_tokens=200, tier=tier, max_stall_s=0.001)
     rig.engine.add(replace(request("cut", stem, max_tokens=4), given=(tuple(answer[:2]),)))

@@ -1,5 +1,6 @@
 """What is sealed on a stream between nodes: whole and in order it arrives, and anything else is refused."""
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -95,3 +96,23 @@ def test_an_end_that_is_gone_is_said_though_a_long_message_was_announced(pair: P
     theirs.close()
     with pytest.raises(ConnectionError):
         group.receive()
+
+
+class NoWay(socket.socket):
+    """Of a host that was cut off: the system says more than that a connection has ended."""
+
+    def sendall(self, *_: object) -> None:
+        raise OSError(errno.EHOSTUNREACH, "no route to host")
+
+    def recv_into(self, *_: object) -> int:
+        raise OSError(errno.EHOSTUNREACH, "no route to host")
+
+
+def test_a_host_that_cannot_be_reached_any_more_is_gone() -> None:
+    with zmq.Context() as context, NoWay() as connection:
+        link = FarLink(connection, Seal(KEYS.to_rank), Seal(KEYS.to_group), context.socket(zmq.PAIR))
+        with pytest.raises(ConnectionError, match="no route to host"):
+            link.send(b"batch")
+        with pytest.raises(ConnectionError, match="no route to host"):
+            link.receive()
+        link.close()
