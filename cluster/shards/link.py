@@ -1,7 +1,7 @@
 """What carries the batches of one rank to it, and its outputs back: whole messages, in order.
 
-The thread that waits for a batch reads it by itself, from a stream, where ZeroMQ has threads of its own that must wake
-first, at both ends. On one node that is a Unix stream; `cluster.shards.sealed` has the one between nodes. Knows no
+The thread that waits for a batch reads it by itself, from a socket, where ZeroMQ has threads of its own that must wake
+first, at both ends. On one node that is a Unix socket; `cluster.shards.sealed` has the stream between nodes. Knows no
 message; `cluster.shards.door` opens both kinds.
 """
 
@@ -19,13 +19,15 @@ from cluster.shards.fields import MAX_BYTES
 TAKE_TIMEOUT_S = 30.0
 """For the other end to take what its buffer has no room for."""
 INLINE_BYTES = 64 * 2**10
-"""Longer messages go beside the stream, whose buffer holds some 200 KiB where the system allows no more: the group must
+"""Longer messages go beside the socket, whose buffer holds some 200 KiB where the system allows no more: the group must
 not wait for a rank that is busy with the batch before, least of all while that one waits for the group to take an
 output."""
 _BUFFER_BYTES = 4 * 2**20
 """That may wait, if the system allows it."""
 LENGTH = struct.Struct("<I")
 """What each message on a stream follows."""
+_IN_FILE = b"\0"
+"""In place of a message that is in the file that comes with it."""
 _TIMEOUT = struct.Struct("@ll")
 _EXTRA = socket.CMSG_SPACE(array.array("i").itemsize)
 
@@ -79,18 +81,19 @@ def read_exactly(connection: socket.socket, count: int) -> bytearray:
 
 
 class NearLink:
-    """Over a Unix stream, on which each message follows its length; a long one is in a file in memory that comes with
-    its length. It ends when the process at the other end does."""
+    """Over a Unix socket that keeps messages apart, so that one call brings one; a long one is in a file in memory that
+    comes in its place. It ends when the process at the other end does."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._buffer = bytearray(INLINE_BYTES + 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
         limit_sending(connection)
 
     @classmethod
     def to(cls, path: str) -> "NearLink":
         """The rank's end. Raises ConnectionError."""
-        connection = socket.socket(socket.AF_UNIX)
+        connection = near_socket()
         try:
             connection.connect(path)
         except OSError as error:
@@ -103,46 +106,53 @@ class NearLink:
         return self._connection.fileno()
 
     def send(self, data: bytes) -> None:
-        length = LENGTH.pack(len(data))
         try:
-            if len(data) <= INLINE_BYTES:
-                self._connection.sendall(length + data)
+            if 0 < len(data) <= INLINE_BYTES:
+                self._connection.send(data)
                 return
             file = os.memfd_create("message", os.MFD_CLOEXEC)
             try:
                 with open(file, "wb", closefd=False) as memory:
                     memory.write(data)
-                socket.send_fds(self._connection, [length], [file])
+                socket.send_fds(self._connection, [_IN_FILE], [file])
             finally:
                 os.close(file)
         except BlockingIOError:
             raise TimeoutError from None
 
     def receive(self) -> bytearray:
-        head, extra, _, _ = self._connection.recvmsg(LENGTH.size, _EXTRA)
-        if not head:
+        count, extra, _, _ = self._connection.recvmsg_into([self._buffer], _EXTRA)
+        if not count:
             raise ConnectionError("the other end is gone")
-        with contextlib.ExitStack() as undo:
-            files = array.array("i")
-            for _, _, data in extra:  # at most one, of the one kind that Unix streams bring unasked
-                files.frombytes(data)
-            for file in files:
-                undo.callback(os.close, file)
-            (length,) = LENGTH.unpack(head + read_exactly(self._connection, LENGTH.size - len(head)))
-            if length > MAX_BYTES:
-                raise WireError(f"{length} bytes are announced; {MAX_BYTES} are the most of a message")
-            return _content(files[0], length) if files else read_exactly(self._connection, length)
+        if extra:
+            return _content(extra)
+        if count > INLINE_BYTES:
+            raise WireError(f"more than the {INLINE_BYTES} bytes that a message has without a file")
+        return self._buffer[:count]
 
     def close(self) -> None:
         self._connection.close()
 
 
-def _content(file: int, length: int) -> bytearray:
-    """What a file in memory holds. Raises WireError."""
-    data = bytearray(length)
-    if os.preadv(file, [data], 0) != length:
-        raise WireError(f"{length} bytes are announced, and the file that came with them is shorter")
-    return data
+def near_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _content(extra: "list[tuple[int, int, bytes]]") -> bytearray:
+    """What the file in memory holds that came with a message, which is closed. Raises WireError."""
+    files = array.array("i")
+    for _, _, data in extra:  # one, of the one kind that Unix sockets bring unasked
+        files.frombytes(data)
+    with contextlib.ExitStack() as undo:
+        for file in files:
+            undo.callback(os.close, file)
+        length = os.fstat(files[0]).st_size
+        if length > MAX_BYTES:
+            raise WireError(f"a file of {length} bytes; {MAX_BYTES} are the most of a message")
+        content = bytearray(length)
+        if os.preadv(files[0], [content], 0) != length:
+            raise WireError(f"a file of {length} bytes that cannot be read to its end")
+        return content
 
 
 class NearEntrance:
@@ -150,7 +160,7 @@ class NearEntrance:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
-        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener = near_socket()
         with contextlib.ExitStack() as undo:
             undo.callback(self._listener.close)
             self._listener.bind(str(path))
