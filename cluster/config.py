@@ -56,7 +56,11 @@ class ParallelConfig(Config):
     @model_validator(mode="after")
     def _is_consistent(self) -> "ParallelConfig":
         if self.tensor % self.expert:
-            raise ValueError(f"expert ({self.expert}) must divide tensor ({self.tensor}): experts lie on tensor ranks")
+            nearest = -(-self.tensor // self.expert) * self.expert
+            raise ValueError(
+                f"expert ({self.expert}) must divide tensor ({self.tensor}), as experts lie on tensor ranks: "
+                f"tensor {nearest} would do"
+            )
         if self.layers != "auto" and len(self.layers) != self.pipeline:
             raise ValueError(f"layers are given for {len(self.layers)} stages, and there are {self.pipeline}")
         if len(self.labels) not in (0, 1, self.pipeline):

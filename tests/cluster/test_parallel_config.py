@@ -20,7 +20,8 @@ def test_degrees_multiply_but_for_experts() -> None:
     ("chosen", "reason"),
     [
         ({"parallel.tensor": 0}, r"parallel\.tensor"),
-        ({"parallel.tensor": 4, "parallel.expert": 3}, r"expert \(3\) must divide tensor \(4\)"),
+        ({"parallel.tensor": 4, "parallel.expert": 3}, r"expert \(3\) must divide tensor \(4\).* tensor 6 would do"),
+        ({"parallel.expert": 2}, r"expert \(2\) must divide tensor \(1\).* tensor 2 would do"),
         ({"parallel.strategy": "TIGHT"}, r"parallel\.strategy"),
         ({"parallel.pipeline": 3, "parallel.layers": [4, 4]}, "given for 2 stages, and there are 3"),
         ({"parallel.pipeline": 2, "parallel.layers": [5, 0]}, r"parallel\.layers"),
