@@ -133,7 +133,8 @@ class GroupChannel:
         """The next message of the answering rank. Raises ChannelClosed when a rank is lost, and WireError."""
         if self._closed:
             raise ChannelClosed
-        if self._links[self._answering].readable not in dict(self._poller.poll()):
+        link = self._links[self._answering]
+        if not link.has_more and link.readable not in dict(self._poller.poll()):
             raise ChannelClosed
         return decode(self._receive(self._answering))
 

@@ -37,7 +37,11 @@ class Link(Protocol):
 
     @property
     def readable(self) -> int:
-        """The file descriptor that a poller is to wait on for something to receive."""
+        """The file descriptor that a poller is to wait on for something to receive, unless `has_more`."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a message is here that was read with the one before."""
 
     def send(self, data: bytes) -> None:
         """Raises TimeoutError if the other end takes no more, and ConnectionError if it is gone."""
@@ -68,16 +72,44 @@ def limit_sending(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
 
-def read_exactly(connection: socket.socket, count: int) -> bytearray:
-    """The next so many bytes of a stream. Raises ConnectionError where it ends before."""
-    data = bytearray(count)
-    left = memoryview(data)
-    while left:
-        read = connection.recv_into(left, 0, socket.MSG_WAITALL)
-        if not read:
-            raise ConnectionError("the other end is gone")
-        left = left[read:]
-    return data
+class Frames:
+    """Messages that follow their length on a stream, with no more calls to the system than it takes: one that waits for
+    a message is out of every cache when it comes, and each step to it counts."""
+
+    def __init__(self, connection: socket.socket, longest: int) -> None:
+        self._connection = connection
+        self._longest = longest
+        self._buffer = bytearray(LENGTH.size + longest)
+        self._free = memoryview(self._buffer)
+        self._count = 0
+        """Bytes of the buffer that were read and not taken."""
+
+    @property
+    def has_one(self) -> bool:
+        """Whether `take` has nothing to wait for."""
+        return self._count >= LENGTH.size and self._count >= self._end()
+
+    def take(self) -> bytearray:
+        """The next message. Raises ConnectionError where the stream ends before, and WireError."""
+        while not self.has_one:
+            read = self._connection.recv_into(self._free[self._count :])
+            if not read:
+                raise ConnectionError("the other end is gone")
+            self._count += read
+        end = self._end()
+        message = self._buffer[LENGTH.size : end]
+        left = self._count - end
+        if left:
+            self._buffer[:left] = self._buffer[end : self._count]
+        self._count = left
+        return message
+
+    def _end(self) -> int:
+        """Of the message that has begun."""
+        length: int = LENGTH.unpack_from(self._buffer)[0]
+        if length > self._longest:
+            raise WireError(f"{length} bytes are announced; {self._longest} are the most of a message here")
+        return LENGTH.size + length
 
 
 class NearLink:
@@ -104,6 +136,10 @@ class NearLink:
     @property
     def readable(self) -> int:
         return self._connection.fileno()
+
+    @property
+    def has_more(self) -> bool:
+        return False
 
     def send(self, data: bytes) -> None:
         try:

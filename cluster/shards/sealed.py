@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cluster.kv.wire import WireError
 from cluster.ports import family_of
-from cluster.shards.link import INLINE_BYTES, LENGTH, limit_sending, read_exactly
+from cluster.shards.link import INLINE_BYTES, LENGTH, Frames, limit_sending
 
 LONG_TIMEOUT_S = 10.0
 """For a long message that has been announced."""
@@ -72,6 +72,7 @@ class FarLink:
         self._closing = closing
         self._opening = opening
         self._beside = beside
+        self._frames = Frames(connection, INLINE_BYTES + _TAG_BYTES)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         limit_sending(connection)
 
@@ -91,6 +92,10 @@ class FarLink:
     def readable(self) -> int:
         return self._connection.fileno()
 
+    @property
+    def has_more(self) -> bool:
+        return self._frames.has_one
+
     def send(self, data: bytes) -> None:
         """See `Link`."""
         try:
@@ -106,22 +111,17 @@ class FarLink:
 
     def receive(self) -> bytearray:
         """See `Link`."""
-        (length,) = LENGTH.unpack(self._read(LENGTH.size))
-        if length > INLINE_BYTES + _TAG_BYTES:
-            raise WireError(f"{length} bytes are announced; {INLINE_BYTES} are the most of a message here")
-        data = self._opening.open(self._read(length))
+        try:
+            sealed = self._frames.take()
+        except OSError as error:
+            raise ConnectionError(f"the other end is gone: {error}") from error
+        data = self._opening.open(sealed)
         # A copy that may be written to: torch warns of tensors that may not.
         return bytearray(data) if data else self._long()
 
     def close(self) -> None:
         self._connection.close()
         self._beside.close()
-
-    def _read(self, count: int) -> bytearray:
-        try:
-            return read_exactly(self._connection, count)
-        except OSError as error:
-            raise ConnectionError(f"the other end is gone: {error}") from error
 
     def _long(self) -> bytearray:
         deadline = time.monotonic() + LONG_TIMEOUT_S

@@ -240,10 +240,9 @@ def test_a_burst_of_a_thousand_requests_is_no_illness(monkeypatch: pytest.Monkey
     harness.wait_for_finish("alone")
     added = [harness.thread.add(request(f"r{number}", max_tokens=3)) for number in range(1000)]
     deadline = time.monotonic() + 6 * WAIT_S
-    while harness.engine.stats().steps_total < 100 + 3 or harness.engine.has_work():
+    while len(harness.emissions) < 100 + 3000:  # not the engine's own counts: it is another thread's
         assert harness.thread.stuck_for() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert all(each.done() for each in added)
-    harness.wait_until(lambda: len(harness.emissions) == 100 + 3000)
     harness.thread.close()

@@ -16,6 +16,10 @@ KEYS = StreamKeys.new()
 Pair = tuple[FarLink, FarLink, socket.socket]
 
 
+def frame(sealed: bytes) -> bytes:
+    return len(sealed).to_bytes(4, "little") + sealed
+
+
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     """The group's end, the rank's, and the bare socket under the latter."""
@@ -44,14 +48,25 @@ def test_messages_of_all_lengths_come_in_order_both_ways(pair: Pair) -> None:
         assert received == sent
 
 
+def test_messages_that_are_read_at_once_and_one_that_comes_in_pieces(pair: Pair) -> None:
+    group, _, theirs = pair
+    seal = Seal(KEYS.to_group)
+    first, second, third = (frame(seal.close(text)) for text in (b"first", b"second", b"third"))
+    theirs.sendall(first + second + third[:2])
+    assert group.receive() == b"first"
+    assert group.has_more, "nothing may be left to be read, and nobody who waits for that would see the second"
+    assert group.receive() == b"second"
+    assert not group.has_more
+    theirs.sendall(third[2:7])
+    assert not group.has_more
+    theirs.sendall(third[7:])
+    assert group.receive() == b"third"
+
+
 def test_what_was_sent_is_not_what_goes_over_the_network(pair: Pair) -> None:
     group, _, theirs = pair
     group.send(b"a prompt of somebody")
     assert b"prompt" not in theirs.recv(1000)
-
-
-def frame(sealed: bytes) -> bytes:
-    return len(sealed).to_bytes(4, "little") + sealed
 
 
 @pytest.mark.parametrize(
