@@ -24,8 +24,6 @@ not wait for a rank that is busy with the batch before, least of all while that 
 output."""
 _BUFFER_BYTES = 4 * 2**20
 """That may wait, if the system allows it."""
-LENGTH = struct.Struct("<I")
-"""What each message on a stream follows."""
 _IN_FILE = b"\0"
 """In place of a message that is in the file that comes with it."""
 _TIMEOUT = struct.Struct("@ll")
@@ -72,46 +70,6 @@ def limit_sending(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
 
-class Frames:
-    """Messages that follow their length on a stream, with no more calls to the system than it takes: one that waits for
-    a message is out of every cache when it comes, and each step to it counts."""
-
-    def __init__(self, connection: socket.socket, longest: int) -> None:
-        self._connection = connection
-        self._longest = longest
-        self._buffer = bytearray(LENGTH.size + longest)
-        self._free = memoryview(self._buffer)
-        self._count = 0
-        """Bytes of the buffer that were read and not taken."""
-
-    @property
-    def has_one(self) -> bool:
-        """Whether `take` has nothing to wait for."""
-        return self._count >= LENGTH.size and self._count >= self._end()
-
-    def take(self) -> bytearray:
-        """The next message. Raises ConnectionError where the stream ends before, and WireError."""
-        while not self.has_one:
-            read = self._connection.recv_into(self._free[self._count :])
-            if not read:
-                raise ConnectionError("the other end is gone")
-            self._count += read
-        end = self._end()
-        message = self._buffer[LENGTH.size : end]
-        left = self._count - end
-        if left:
-            self._buffer[:left] = self._buffer[end : self._count]
-        self._count = left
-        return message
-
-    def _end(self) -> int:
-        """Of the message that has begun."""
-        length: int = LENGTH.unpack_from(self._buffer)[0]
-        if length > self._longest:
-            raise WireError(f"{length} bytes are announced; {self._longest} are the most of a message here")
-        return LENGTH.size + length
-
-
 class NearLink:
     """Over a Unix socket that keeps messages apart, so that one call brings one; a long one is in a file in memory that
     comes in its place. It ends when the process at the other end does."""
@@ -125,7 +83,7 @@ class NearLink:
     @classmethod
     def to(cls, path: str) -> "NearLink":
         """The rank's end. Raises ConnectionError."""
-        connection = near_socket()
+        connection = _near_socket()
         try:
             connection.connect(path)
         except OSError as error:
@@ -170,7 +128,7 @@ class NearLink:
         self._connection.close()
 
 
-def near_socket() -> socket.socket:
+def _near_socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
@@ -196,7 +154,7 @@ class NearEntrance:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError."""
-        self._listener = near_socket()
+        self._listener = _near_socket()
         with contextlib.ExitStack() as undo:
             undo.callback(self._listener.close)
             self._listener.bind(str(path))

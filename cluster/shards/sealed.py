@@ -7,6 +7,7 @@ ones go by an encrypted ZeroMQ socket beside the stream, whose buffer holds less
 
 import select
 import socket
+import struct
 import time
 from dataclasses import dataclass, field
 from secrets import token_bytes
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cluster.kv.wire import WireError
 from cluster.ports import family_of
-from cluster.shards.link import INLINE_BYTES, LENGTH, Frames, limit_sending
+from cluster.shards.link import INLINE_BYTES, limit_sending
 
 LONG_TIMEOUT_S = 10.0
 """For a long message that has been announced."""
@@ -25,6 +26,10 @@ HELLO_TIMEOUT_S = 1.0
 """For whoever comes to say that it is the rank."""
 _HELLO = b"hello"
 _TAG_BYTES = 16
+_LONGEST = INLINE_BYTES + _TAG_BYTES
+"""Of the messages on the stream, sealed."""
+_LENGTH = struct.Struct("<I")
+"""What each of them follows."""
 _POLL_MS = 50
 
 
@@ -63,6 +68,48 @@ class Seal:
         return self._number.to_bytes(12, "little")
 
 
+class _Frames:
+    """The messages of a stream, with no more calls to the system than it takes: a thread that waits for one is out of
+    every cache when it comes, and each step to it counts."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = bytearray(_LENGTH.size + _LONGEST)
+        self._view = memoryview(self._buffer)
+        self._count = 0
+        """Bytes that were read and not taken, from the buffer's beginning on."""
+
+    @property
+    def has_one(self) -> bool:
+        """Whether `take` has nothing to wait for. Raises WireError."""
+        return self._count >= _LENGTH.size and self._count >= self._end()
+
+    def take(self) -> bytearray:
+        """The next message. Raises ConnectionError where the stream ends before, and WireError."""
+        while not self.has_one:
+            try:
+                read = self._connection.recv_into(self._view[self._count :])
+            except OSError as error:  # also of a network that says that there is no way
+                raise ConnectionError(f"the other end is gone: {error}") from error
+            if not read:
+                raise ConnectionError("the other end is gone")
+            self._count += read
+        end = self._end()
+        message = self._buffer[_LENGTH.size : end]
+        left = self._count - end
+        if left:
+            self._buffer[:left] = self._buffer[end : self._count]
+        self._count = left
+        return message
+
+    def _end(self) -> int:
+        """Of the message that has begun."""
+        length: int = _LENGTH.unpack_from(self._buffer)[0]
+        if length > _LONGEST:
+            raise WireError(f"{length} bytes are announced; {INLINE_BYTES} are the most of a message here")
+        return _LENGTH.size + length
+
+
 class FarLink:
     """One end of the stream."""
 
@@ -72,7 +119,7 @@ class FarLink:
         self._closing = closing
         self._opening = opening
         self._beside = beside
-        self._frames = Frames(connection, INLINE_BYTES + _TAG_BYTES)
+        self._frames = _Frames(connection)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         limit_sending(connection)
 
@@ -103,7 +150,7 @@ class FarLink:
                 self._beside.send(data, zmq.NOBLOCK)
                 data = b""  # announces it: no message is empty
             sealed = self._closing.close(data)
-            self._connection.sendall(LENGTH.pack(len(sealed)) + sealed)
+            self._connection.sendall(_LENGTH.pack(len(sealed)) + sealed)
         except (BlockingIOError, zmq.Again):
             raise TimeoutError from None
         except OSError as error:  # also of a network that says that there is no way
@@ -111,11 +158,7 @@ class FarLink:
 
     def receive(self) -> bytearray:
         """See `Link`."""
-        try:
-            sealed = self._frames.take()
-        except OSError as error:
-            raise ConnectionError(f"the other end is gone: {error}") from error
-        data = self._opening.open(sealed)
+        data = self._opening.open(self._frames.take())
         # A copy that may be written to: torch warns of tensors that may not.
         return bytearray(data) if data else self._long()
 
@@ -172,7 +215,7 @@ class FarEntrance:
 
 def _first_bytes(connection: socket.socket) -> bytes:
     """A sealed hello, or what comes in its place. Raises OSError, also where it takes too long."""
-    count, data = LENGTH.size + len(_HELLO) + _TAG_BYTES, b""
+    count, data = _LENGTH.size + len(_HELLO) + _TAG_BYTES, b""
     deadline = time.monotonic() + HELLO_TIMEOUT_S
     while len(data) < count:
         connection.settimeout(max(0.001, deadline - time.monotonic()))
@@ -180,4 +223,4 @@ def _first_bytes(connection: socket.socket) -> bytes:
             raise ConnectionError("the other end is gone")
         data += more
     connection.settimeout(None)
-    return data[LENGTH.size :]
+    return data[_LENGTH.size :]

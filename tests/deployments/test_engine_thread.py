@@ -245,4 +245,5 @@ def test_a_burst_of_a_thousand_requests_is_no_illness(monkeypatch: pytest.Monkey
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert all(each.done() for each in added)
+    assert len(harness.emissions) == 100 + 3000
     harness.thread.close()
