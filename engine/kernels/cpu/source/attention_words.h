@@ -89,7 +89,8 @@ INLINE int64_t padded_dim(int64_t head_dim) {
 }
 
 /* Keys and values that will be needed soon. They are asked for a few lines at a time between other work: a processor
- * tracks some dozens of reads of memory, and more than that at once hold it up. */
+ * tracks some dozens of reads of memory, and more than that at once hold it up. They go to the second cache, which tracks
+ * more of them than the first: what a block of all heads has would not stay in the first anyway. */
 struct ahead {
     const char *k[KEY_GROUPS];
     const char *v[KEY_GROUPS];
@@ -106,8 +107,8 @@ INLINE void fetch_ahead(struct ahead *ahead) {
             ahead->lines = 0;
             return;
         }
-        __builtin_prefetch(ahead->k[ahead->group] + ahead->line * ahead->k_step, 0, 3);
-        __builtin_prefetch(ahead->v[ahead->group] + ahead->line * LINE, 0, 3);
+        __builtin_prefetch(ahead->k[ahead->group] + ahead->line * ahead->k_step, 0, 2);
+        __builtin_prefetch(ahead->v[ahead->group] + ahead->line * LINE, 0, 2);
         if (++ahead->line == ahead->group_lines) {
             ahead->line = 0;
             ahead->group++;

@@ -41,6 +41,15 @@ INLINE void multiply_unit(
     }
 }
 
+/* Asks for a line: into the first cache, or only into the second. */
+INLINE void fetch(const char *line, int64_t near) {
+    if (near) {
+        __builtin_prefetch(line, 0, 3);
+    } else {
+        __builtin_prefetch(line, 0, 2);
+    }
+}
+
 /* `tail` is whether an incomplete unit, of 2 bytes of x, can follow. */
 INLINE void multiply_rows(multiply_add *add, int64_t rows, int64_t tail, const struct block *block) {
     vf sums[BLOCK_ROWS][PANEL_VECTORS];
@@ -51,7 +60,7 @@ INLINE void multiply_rows(multiply_add *add, int64_t rows, int64_t tail, const s
             sums[i][j] = block->resume ? vf_load(block->sums + i * PANEL + j * VF) : (vf){0};
         }
     }
-    const int64_t x_stride = block->x_stride, units = block->units, ahead_step = block->ahead_step;
+    const int64_t x_stride = block->x_stride, units = block->units, ahead_step = block->ahead_step, near = block->near;
     const char *weight = block->weight, *ahead = block->ahead;
     /* A pointer for every third row: addresses of 12 rows would not leave enough general registers. */
     const char *x[ROW_GROUPS];
@@ -60,10 +69,9 @@ INLINE void multiply_rows(multiply_add *add, int64_t rows, int64_t tail, const s
         x[i] = block->x + 3 * i * x_stride;
     }
     for (int64_t unit = 0; unit < units; unit++) {
-        /* Into the first cache: a short panel is still there in its turn, a long one has moved to the second. */
-        __builtin_prefetch(ahead, 0, 3);
+        fetch(ahead, near);
         if (ahead_step > CACHE_LINE) {
-            __builtin_prefetch(ahead + CACHE_LINE, 0, 3);
+            fetch(ahead + CACHE_LINE, near);
         }
         multiply_unit(add, rows, 4, x, x_stride, weight, sums);
 #pragma GCC unroll 4

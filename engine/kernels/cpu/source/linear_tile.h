@@ -21,6 +21,7 @@ enum {
     INT4_BUNDLE = 4,                /* groups of int4 that lie interleaved */
     TILE_ROWS = 96,                 /* at 4096 channels 768 KB of x: it stays in the second cache from panel to panel */
     SINGLE_AHEAD = 8192,            /* bytes, of a tile of one block; the least that keeps 66 GB/s busy */
+    FAR_ROWS = 20,                  /* up to so many rows, a tile of 8 or 16 bits takes memory longer than arithmetic */
     CHUNK_BYTES = 1024 * STEP_BYTES /* a chunk, and the one that is fetched ahead, stay in the second cache as well */
 };
 
@@ -37,6 +38,7 @@ struct block {
     int64_t resume;                 /* whether the sums go on from what they hold, rather than from 0 */
     const char *ahead;              /* what to fetch meanwhile: ahead_step bytes with each STEP_BYTES of the weight */
     int64_t ahead_step;
+    int64_t near;                   /* whether to fetch it into the first cache */
     const struct product *product;
 };
 
