@@ -104,35 +104,35 @@ static void locate(const struct task *task, const struct tile *tile, int64_t fir
 }
 
 /* One head of a block. */
-static struct keys head_keys(const struct attend *args, const struct block *block, int64_t head) {
+static void head_keys(const struct attend *args, const struct block *block, int64_t head, struct keys *keys) {
     const int64_t head_words = args->head_dim / cache_items(cache_of(args)) * args->page_tokens;
     const int64_t head_bytes = head_words * (int64_t)sizeof(uint32_t), token_bytes = head_bytes / args->page_tokens;
-    struct keys keys = {.first = block->first, .count = block->count};
+    keys->first = block->first;
+    keys->count = block->count;
     for (int64_t i = 0; i * GROUP < block->count; i++) {
         const int64_t begin = block->pages[i] + head * head_bytes, slot = block->slots[i];
-        keys.k[i] = (const char *)args->k + begin + slot * (int64_t)sizeof(uint32_t);
-        keys.v[i] = (const char *)args->v + begin + slot * token_bytes;
+        keys->k[i] = (const char *)args->k + begin + slot * (int64_t)sizeof(uint32_t);
+        keys->v[i] = (const char *)args->v + begin + slot * token_bytes;
         if (args->k_scales != NULL) {
             const int64_t scales = block->pages[i] + (head * args->page_tokens + slot) * (int64_t)sizeof(float);
-            keys.k_scales[i] = (const float *)(const void *)((const char *)args->k_scales + scales);
-            keys.v_scales[i] = (const float *)(const void *)((const char *)args->v_scales + scales);
+            keys->k_scales[i] = (const float *)(const void *)((const char *)args->k_scales + scales);
+            keys->v_scales[i] = (const float *)(const void *)((const char *)args->v_scales + scales);
         }
     }
-    return keys;
 }
 
-/* What to ask for while a head of the block before, of `count` keys, is attended: the same head. The products of a few
- * rows ask `times` times. */
-static struct ahead ahead_of(const struct shape *shape, int64_t count, const struct keys *next) {
+/* What to ask for while a head of the block before is attended: the same head. */
+static struct ahead ahead_of(const struct shape *shape, const struct keys *next) {
+    const int64_t group_lines = shape->head_dim / cache_items(shape->cache);
     struct ahead ahead = {
-        .k_step = shape->page_tokens * (int64_t)sizeof(uint32_t),
-        .end = divide_up(next->count, GROUP),
-        .group_lines = shape->head_dim / cache_items(shape->cache),
+        .runs = 2 * divide_up(next->count, GROUP),
+        .run_lines = divide_up(group_lines, AHEAD_LINES) * AHEAD_LINES,
+        .steps = {shape->page_tokens * (int64_t)sizeof(uint32_t), LINE},
     };
-    memcpy(ahead.k, next->k, sizeof ahead.k);
-    memcpy(ahead.v, next->v, sizeof ahead.v);
-    const int64_t times = (shape->head_dim + count) / word_items(shape->words);
-    ahead.lines = divide_up(ahead.end * ahead.group_lines, times);
+    for (int64_t run = 0; run < ahead.runs; run++) {
+        ahead.begin[run] = run % 2 == 0 ? next->k[run / 2] : next->v[run / 2];
+    }
+    ahead.run = next_run(&ahead);
     return ahead;
 }
 
@@ -168,9 +168,10 @@ static void attend_heads(const struct task *task, const struct block *block, con
     const struct shape *shape = &task->shape;
     const int64_t stride = state_stride(shape->head_dim);
     for (int64_t head = 0; head < task->heads; head++) {
-        const struct keys keys = head_keys(task->args, block, task->head + head);
-        const struct keys next_keys = head_keys(task->args, next, task->head + head);
-        struct ahead ahead = ahead_of(shape, keys.count, &next_keys);
+        struct keys keys, next_keys;
+        head_keys(task->args, block, task->head + head, &keys);
+        head_keys(task->args, next, task->head + head, &next_keys);
+        struct ahead ahead = ahead_of(shape, &next_keys);
         const struct queries queries = head_queries(task, head);
         const int64_t row = head * shape->rows;
         attend_block(

@@ -298,20 +298,25 @@ void attend_block(
         softening.v_scales = v_scales;
         softening.steps = largest > 0.0f ? WEIGHT_STEPS / largest : 0.0f;
     }
-    const struct panel k = key_panel(shape, keys, buffers->k);
+    struct panel panel;
+    key_panel(shape, keys, buffers->k, &panel);
     multiply(quads ? SIGNED_UNSIGNED : pairs ? PAIR_PAIR : FLOAT_FLOAT, &(struct product){
         .rows = rows, .columns = KEY_BLOCK, .depth = words,
-        .a = queries->words, .a_stride = words, .b = &k,
+        .a = queries->words, .a_stride = words, .b = &panel,
         .c = buffers->scores, .c_stride = KEY_BLOCK,
     }, ahead);
     soften(&softening, keys, states, sums);
-    const struct panel v = value_panel(shape, keys, buffers->v);
+    value_panel(shape, keys, buffers->v, &panel);
     multiply(quads ? UNSIGNED_SIGNED : pairs ? PAIR_PAIR : FLOAT_FLOAT, &(struct product){
         .rows = rows, .columns = padded, .depth = divide_up(keys->count, items),
-        .a = buffers->weights, .a_stride = KEY_BLOCK / items, .b = &v,
+        .a = buffers->weights, .a_stride = KEY_BLOCK / items, .b = &panel,
         .c = quads ? buffers->values : states, .c_stride = quads ? padded : state_stride(shape->head_dim),
         .add = !quads,
     }, ahead);
+    /* A block of few keys and rows is done before all was asked for. */
+    while (ahead->run.step != 0) {
+        fetch_ahead(&ahead->run, ahead);
+    }
     if (quads) {
         add_values(shape, buffers->values, largest / WEIGHT_STEPS, states);
     }

@@ -115,51 +115,46 @@ INLINE void expand_values(enum cache cache, const struct shape *shape, const str
     }
 }
 
-struct panel key_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer) {
+void key_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer, struct panel *panel) {
     if (is_native(shape)) {
-        struct panel panel = {
-            .runs = {keys->k[0]},
-            .run_depth = shape->head_dim / word_items(shape->words),
-            .stride = shape->page_tokens * (int64_t)sizeof(uint32_t),
-        };
-        /* Past the block's end the scores are nobody's: those of the first keys, once more. */
-        for (int64_t key = 0; key < keys->count; key += VF) {
-            panel.columns[key / VF] = keys->k[key / GROUP] - keys->k[0] + key % GROUP * (int64_t)sizeof(uint32_t);
+        panel->runs[0] = keys->k[0];
+        panel->run_depth = shape->head_dim / word_items(shape->words);
+        panel->stride = shape->page_tokens * (int64_t)sizeof(uint32_t);
+        for (int64_t key = 0; key < KEY_BLOCK; key += VF) {
+            /* Past the block's end the scores are nobody's: those of the first keys, once more. */
+            const bool held = key < keys->count;
+            panel->columns[key / VF] =
+                held ? keys->k[key / GROUP] - keys->k[0] + key % GROUP * (int64_t)sizeof(uint32_t) : 0;
         }
-        return panel;
+        return;
     }
-    struct panel panel = {
-        .runs = {(const char *)buffer},
-        .run_depth = shape->head_dim,
-        .stride = KEY_BLOCK * (int64_t)sizeof(uint32_t),
-    };
+    panel->runs[0] = (const char *)buffer;
+    panel->run_depth = shape->head_dim;
+    panel->stride = KEY_BLOCK * (int64_t)sizeof(uint32_t);
     for (int64_t v = 0; v < KEY_BLOCK / VF; v++) {
-        panel.columns[v] = v * VF * (int64_t)sizeof(uint32_t);
+        panel->columns[v] = v * VF * (int64_t)sizeof(uint32_t);
     }
     if (shape->cache == CACHE_BF16) {
         expand_keys(CACHE_BF16, shape, keys, (float *)buffer);
     } else {
         expand_keys(CACHE_INT8, shape, keys, (float *)buffer);
     }
-    return panel;
 }
 
-struct panel value_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer) {
+void value_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer, struct panel *panel) {
     const int64_t dim = shape->head_dim, padded = padded_dim(dim);
     const bool lie_right = is_native(shape) && dim == padded;
-    struct panel panel = {
-        .run_depth = GROUP / word_items(shape->words),
-        .stride = padded * (int64_t)sizeof(uint32_t),
-    };
+    panel->run_depth = GROUP / word_items(shape->words);
+    panel->stride = padded * (int64_t)sizeof(uint32_t);
     for (int64_t v = 0; v < padded / VF; v++) {
-        panel.columns[v] = v * VF * (int64_t)sizeof(uint32_t);
+        panel->columns[v] = v * VF * (int64_t)sizeof(uint32_t);
     }
     for (int64_t group = 0; group * GROUP < keys->count; group++) {
-        const char *packed = (const char *)buffer + group * panel.run_depth * panel.stride;
-        panel.runs[group] = lie_right ? keys->v[group] : packed;
+        const char *packed = (const char *)buffer + group * panel->run_depth * panel->stride;
+        panel->runs[group] = lie_right ? keys->v[group] : packed;
     }
     if (lie_right) {
-        return panel;
+        return;
     }
     if (is_native(shape)) {
         expand_values(CACHE_F32, shape, keys, (float *)buffer);
@@ -168,5 +163,4 @@ struct panel value_panel(const struct shape *shape, const struct keys *keys, uin
     } else {
         expand_values(CACHE_INT8, shape, keys, (float *)buffer);
     }
-    return panel;
 }

@@ -18,9 +18,9 @@ void pack_queries(
 
 /* Keys as the right side of a product, a word of all keys a row: where they lie, or as floats in `buffer`, which has
  * room for [head_dim][KEY_BLOCK]. Of quads every byte is 128 too large, and so unsigned. */
-struct panel key_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer);
+void key_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer, struct panel *panel);
 
 /* Values likewise, a channel a column, 0 past the head's end; `buffer` has room for [KEY_BLOCK][padded head_dim]. */
-struct panel value_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer);
+void value_panel(const struct shape *shape, const struct keys *keys, uint32_t *buffer, struct panel *panel);
 
 #endif

@@ -33,7 +33,6 @@ INLINE void kernel(
     enum factors factors, int rows, int vectors, const struct product *product, int64_t row, int64_t first,
     struct ahead *ahead) {
     const struct panel *panel = product->b;
-    const uint32_t *a = product->a + row * product->a_stride;
     float *c = product->c + row * product->c_stride + first * VF;
     vf sums[MOST_ROWS][MOST_VECTORS];
 #pragma GCC unroll 6
@@ -43,31 +42,46 @@ INLINE void kernel(
             sums[r][v] = product->add ? vf_load(c + r * product->c_stride + v * VF) : (vf){0};
         }
     }
-    const int64_t stride = panel->stride, a_stride = product->a_stride;
+    /* A pointer for every third row: more would not leave enough general registers. */
+    const int64_t stride = panel->stride, a_stride = product->a_stride * (int64_t)sizeof(uint32_t);
+    const char *a[MOST_ROWS / 3];
+#pragma GCC unroll 2
+    for (int i = 0; i < MOST_ROWS / 3; i++) {
+        a[i] = (const char *)product->a + (row + 3 * i) * a_stride;
+    }
+    struct run soon = ahead->run;
     for (int64_t begin = 0, run = 0; begin < product->depth; begin += panel->run_depth, run++) {
-        const int64_t end = at_most(product->depth, begin + panel->run_depth);
         const char *b[MOST_VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             b[v] = panel->runs[run] + panel->columns[first + v];
         }
-        for (int64_t k = begin, offset = 0; k < end; k++, offset += stride) {
-            fetch_ahead(ahead);
-            vu line[MOST_VECTORS];
+        for (int64_t left = at_most(product->depth - begin, panel->run_depth); left > 0; left--) {
+            fetch_ahead(&soon, ahead);
+            vu columns[MOST_VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
-                memcpy(&line[v], b[v] + offset, sizeof line[v]);
+                memcpy(&columns[v], b[v], sizeof columns[v]);
+                b[v] += stride;
+                OWN_REGISTER(b[v]);
             }
 #pragma GCC unroll 6
             for (int r = 0; r < rows; r++) {
-                const uint32_t element = a[r * a_stride + k];
+                uint32_t element;
+                memcpy(&element, a[r / 3] + r % 3 * a_stride, sizeof element);
 #pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++) {
-                    sums[r][v] = multiply_add(factors, element, line[v], sums[r][v]);
+                    sums[r][v] = multiply_add(factors, element, columns[v], sums[r][v]);
                 }
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < (rows + 2) / 3; i++) {
+                a[i] += sizeof(uint32_t);
+                OWN_REGISTER(a[i]);
             }
         }
     }
+    ahead->run = soon;
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 4

@@ -30,6 +30,7 @@ enum words { FLOATS, PAIRS, QUADS };
 enum {
     LINE = 64,                      /* bytes of memory that are read at once */
     KEY_GROUPS = KEY_BLOCK / GROUP,
+    AHEAD_LINES = 4,                /* asked for at a time, with each word of the depth of a product */
     LOW_BITS = 7,                   /* of the lower byte of a factor that is split */
     QUERY_STEPS = 127 << LOW_BITS,  /* the largest query, whose bytes have a sign */
     WEIGHT_STEPS = 255 << LOW_BITS, /* the largest weight, whose bytes have none */
@@ -88,31 +89,42 @@ INLINE int64_t padded_dim(int64_t head_dim) {
     return divide_up(head_dim, VF) * VF;
 }
 
-/* Keys and values that will be needed soon. They are asked for a few lines at a time between other work: a processor
- * tracks some dozens of reads of memory, and more than that at once hold it up. They go to the second cache, which tracks
- * more of them than the first: what a block of all heads has would not stay in the first anyway. */
+/* Keys and values that will be needed soon, in runs of lines: a group's keys, its values, the next group's keys and so
+ * on. They are asked for a few at a time between other work: a processor tracks some dozens of reads of memory, and more
+ * than that at once hold it up. They go to the second cache, which tracks more of them than the first: what a block of
+ * all heads has would not stay in the first anyway. */
 struct ahead {
-    const char *k[KEY_GROUPS];
-    const char *v[KEY_GROUPS];
-    int64_t k_step;                 /* bytes between lines of a group's keys; those of values are neighbours */
-    int64_t group, end;             /* the groups to ask for */
-    int64_t line, group_lines;
-    int64_t lines;                  /* of k, and as many of v, to ask for at a time; 0 once all were */
+    struct run {
+        const char *line;           /* the next one to ask for */
+        int64_t step;               /* bytes from line to line; 0 once all lines of all runs were asked for */
+        const char *end;
+    } run;
+    int64_t begun, runs;            /* how many were begun, and how many there are */
+    int64_t run_lines;              /* a multiple of AHEAD_LINES; the last ones may lie past a group */
+    const char *begin[2 * KEY_GROUPS];
+    int64_t steps[2];               /* of keys, of values */
 };
 
-/* Asks for the next lines. */
-INLINE void fetch_ahead(struct ahead *ahead) {
-    for (int64_t i = 0; i < ahead->lines; i++) {
-        if (ahead->group >= ahead->end) {
-            ahead->lines = 0;
-            return;
-        }
-        __builtin_prefetch(ahead->k[ahead->group] + ahead->line * ahead->k_step, 0, 2);
-        __builtin_prefetch(ahead->v[ahead->group] + ahead->line * LINE, 0, 2);
-        if (++ahead->line == ahead->group_lines) {
-            ahead->line = 0;
-            ahead->group++;
-        }
+/* The next run. Once there is none, the same line is asked for again and again, which costs nothing. */
+INLINE struct run next_run(struct ahead *ahead) {
+    if (ahead->begun == ahead->runs) {
+        return (struct run){.line = (const char *)ahead};
+    }
+    const char *begin = ahead->begin[ahead->begun];
+    const int64_t step = ahead->steps[ahead->begun % 2];
+    ahead->begun++;
+    return (struct run){begin, step, begin + ahead->run_lines * step};
+}
+
+/* Asks for AHEAD_LINES of the run; `run` is a copy of ahead->run, in registers. */
+INLINE void fetch_ahead(struct run *run, struct ahead *ahead) {
+#pragma GCC unroll 4
+    for (int i = 0; i < AHEAD_LINES; i++) {
+        __builtin_prefetch(run->line + i * run->step, 0, 2);
+    }
+    run->line += AHEAD_LINES * run->step;
+    if (__builtin_expect(run->line == run->end, 0)) {
+        *run = next_run(ahead);
     }
 }
 

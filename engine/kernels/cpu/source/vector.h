@@ -48,6 +48,10 @@ typedef uint16_t vh __attribute__((vector_size(2 * VF)));
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Keeps a pointer that a loop moves apart from others. GCC would make of them one and what the others are beside it, which
+ * takes more registers than there are. */
+#define OWN_REGISTER(pointer) __asm__("" : "+r"(pointer))
+
 /* ---- lanes ---- */
 
 INLINE vf vf_set(float value) {
