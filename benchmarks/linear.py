@@ -6,7 +6,7 @@ Weights rotate through more memory than the caches hold, as the layers of a mode
 torch's from a loop in Python, which for the smallest shapes is some microseconds of theirs. The two take turns; medians
 count. What torch has for each form: the prepacked linear of oneDNN for bf16 and float32; oneDNN's `qlinear_pointwise`
 for int8, with x quantized beforehand and one scale for all of it (ours quantizes every row within the time); and
-`_weight_int4pack_mm_for_cpu` for int4.
+`_weight_int4pack_mm_for_cpu` for int4 and for int4a8, whose activations have 8 bits, too (torch's have 16).
 """
 
 import argparse
@@ -34,7 +34,7 @@ from engine.quant.weights import Int4Weight, Int8Weight, Weight
 GROUP = 64
 """Input channels that share a scale of int4; divides those of every shape here."""
 ROTATION_BYTES = 192 * 2**20
-FORMS = ("bf16", "float32", "int8", "int4")
+FORMS = ("bf16", "float32", "int8", "int4", "int4a8")
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,10 @@ def random_weight(form: str, product: Product) -> Weight:
             return torch.empty(out, columns).normal_(0, 0.02)
         case "int8":
             return Int8Weight(torch.randint(-127, 128, (out, columns), dtype=torch.int8), torch.full((out,), 1e-3))
-        case "int4":
+        case "int4" | "int4a8":
             scale = torch.full((out, columns // GROUP), 1e-2)
-            return Int4Weight(torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8), scale, None)
+            packed = torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8)
+            return Int4Weight(packed, scale, None, int8_activations=form == "int4a8")
     raise ValueError(f"{form}: not one of {', '.join(FORMS)}")
 
 

@@ -27,6 +27,8 @@ FORMATS: dict[str, NumberFormats] = {
     "w4a16 g64": NumberFormats("w4a16", 64),
     "w4a16 g128": NumberFormats("w4a16", 128),
     "w4a16 g64, KV int8": NumberFormats("w4a16", 64, "int8"),
+    "w4a8 g64": NumberFormats("w4a16", 64, activations="int8"),
+    "w4a8 g64, KV int8": NumberFormats("w4a16", 64, "int8", activations="int8"),
 }
 
 

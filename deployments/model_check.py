@@ -13,7 +13,7 @@ from pathlib import Path
 from deployments.cli.errors import CommandError, ExitCode
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.models.directory import check_scheme, find_family, find_quantization, load_spec
+from engine.models.directory import check_activations, check_scheme, find_family, find_quantization, load_spec
 from engine.models.families import Family
 from engine.models.pieces import Piece
 from engine.models.source import resolve_model
@@ -88,6 +88,8 @@ def _check_device(config: EngineConfig) -> None:
 
 def _check_quantization(path: Path, family: Family, spec: ModelSpec, config: EngineConfig) -> None:
     layout = find_quantization(path)
+    if config.activations == "int8":
+        check_activations(path, layout, config.quantization)
     if config.quantization == "auto" or config.quantization == "fp8":
         return
     check_scheme(path, layout, config.quantization)

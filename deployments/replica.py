@@ -80,7 +80,7 @@ def identity_of(config: EngineConfig, path: Path | None) -> str:
     It tells the files of the model, and what was chosen about its numbers. Not what follows from the machine, like the
     kernels: those differ by rounding, and a cluster may have several kinds of machines. Raises ModelError.
     """
-    choices = (config.dtype, config.quantization, config.quantization_group, config.kv.dtype)
+    choices = (config.dtype, config.quantization, config.quantization_group, config.activations, config.kv.dtype)
     files = b"" if path is None else model_identity(path)
     return hashlib.blake2b(files + repr(choices).encode(), digest_size=16).hexdigest()
 

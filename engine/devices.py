@@ -159,6 +159,10 @@ def choose_device(config: EngineConfig, *, int4: bool, share: CoreShare = ALONE)
         raise ValueError('device "cuda" needs a CUDA device and a CUDA build of torch; use "cpu" or "auto" here')
     if config.deterministic and has_gpu and config.device != "cpu":
         raise ValueError("deterministic results are to be had on a CPU only; choose device cpu")
+    if config.activations == "int8" and has_gpu and config.device != "cpu":
+        raise ValueError(
+            'activations "int8" meet weights of 4 bits on a CPU only; choose device cpu, or leave them auto'
+        )
     if has_gpu and config.device != "cpu":
         return Cuda(config)
     if config.quantization == "fp8":

@@ -21,6 +21,7 @@ from engine.models.identity import model_identity
 from engine.models.loader import load_parameters
 from engine.parallel.group import TensorGroup
 from engine.parallel.place import Place
+from engine.quant.config import has_int4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +63,15 @@ def load(
     # Weights become fp8 in the kernels' own preparation, not on the way from the file.
     scheme = "auto" if config.quantization == "fp8" else config.quantization
     size = config.quantization_group
-    loaded = load_parameters(path, config.dtype, device.name, quantization=scheme, group=size, place=place)
+    loaded = load_parameters(
+        path,
+        config.dtype,
+        device.name,
+        quantization=scheme,
+        group=size,
+        int8_activations=config.activations == "int8",
+        place=place,
+    )
     backend = device.backend(loaded, group)
     decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
     kv_dtype = _kv_dtype(config, path, device, loaded.dtype)
@@ -72,10 +81,9 @@ def load(
     return ReadyModel(device, backend, decoder, kv_dtype, loaded.num_bytes, namespace)
 
 
-def has_int4(config: EngineConfig, path: Path) -> bool:
+def needs_int4(config: EngineConfig, path: Path) -> bool:
     """Whether any weights are of 4 bits."""
-    layout = find_quantization(path)
-    return config.quantization == "w4a16" or (layout is not None and layout.scheme != "w8a8")
+    return has_int4(find_quantization(path), config.quantization)
 
 
 def _kv_dtype(config: EngineConfig, path: Path, device: Device, dtype: torch.dtype) -> torch.dtype:
@@ -87,6 +95,6 @@ def _kv_dtype(config: EngineConfig, path: Path, device: Device, dtype: torch.dty
 
 
 def _namespace(config: EngineConfig, path: Path, place: Place | None, *facts: str) -> bytes:
-    choices = (config.quantization, config.quantization_group, config.deterministic)
+    choices = (config.quantization, config.quantization_group, config.activations, config.deterministic)
     shard = () if place is None or place.world == 1 else (place.stages, place.layers, place.tensor)
     return root_key(model_identity(path).hex(), *facts, *map(str, choices), *map(str, shard))

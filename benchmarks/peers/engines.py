@@ -33,7 +33,7 @@ class Engine:
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine(OURS, "Manta", {16: "bf16", 8: "w8a8", 4: "w4a16"}),
+        Engine(OURS, "Manta", {16: "bf16", 8: "w8a8", 4: "w4a8"}),
         Engine("vllm", "vLLM", {16: "bf16"}),
         Engine("openvino", "OpenVINO GenAI", {16: "fp16", 8: "int8", 4: "int4"}),
         Engine("llamacpp", "llama.cpp", {16: "bf16", 8: "q8_0", 4: "q4_0"}),

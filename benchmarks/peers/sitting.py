@@ -32,7 +32,7 @@ class Entry:
     start_seconds: float | None = None
     weight_bytes: int | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
-    """Measure -> tokens per second of every round."""
+    """Measure -> tokens per second of every run."""
     first_token_seconds: list[float] = field(default_factory=list)
     """Of the prompt that `prefill` measures."""
     agreement: float | None = None
@@ -143,18 +143,18 @@ def _measure(
     workers: dict[str, Worker],
     say: Callable[[str], None],
 ) -> None:
-    """All rounds of one measure, the engines by turns; one that fails is closed and leaves `workers`."""
+    """All runs of one measure, the engines by turns; one that fails is closed and leaves `workers`."""
     large = facts.is_large(LARGE_PARAMETERS)
     if not measure.lengths_at(group.bits, large=large):
         return
-    for number in range(1, plan.rounds + 1):
+    for number in range(1, plan.rounds * measure.runs + 1):
         requests = items(measure, large=large, vocab_size=facts.vocab_size, seed=number)
         outputs: dict[str, list[list[int]]] = {}
         for entry in group.entries:
             worker = workers.get(entry.engine)
             if worker is None:
                 continue
-            where = f"{group.model} {group.bits} bits  {measure.name} round {number}  {entry.engine}"
+            where = f"{group.model} {group.bits} bits  {measure.name} run {number}  {entry.engine}"
             try:
                 value, outputs[entry.engine] = _one_run(measure, requests, worker, entry)
             except (WorkerError, ValueError) as error:

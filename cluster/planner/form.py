@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.kv.sizing import layer_bytes_per_token
 from engine.models.dtypes import Scalar, auto_dtype
 from engine.models.spec import ModelSpec
-from engine.quant.config import CheckpointFormat, Scheme, group_of
+from engine.quant.config import CheckpointFormat, Scheme, group_of, has_int4
 from engine.quant.plan import Kind, head_group, is_layer_linear, kind_of, unit_of
 
 Conversion = Scheme | Literal["fp8"]
@@ -117,7 +117,7 @@ def form_of(config: Mapping[str, Any], layout: CheckpointFormat | None, choices:
 def _dtype(config: Mapping[str, Any], layout: CheckpointFormat | None, choices: Choices) -> Scalar:
     if choices.dtype != "auto":
         return choices.dtype
-    int4 = choices.quantization == "w4a16" or (layout is not None and layout.scheme != "w8a8")
+    int4 = has_int4(layout, choices.quantization)
     return auto_dtype(config, choices.device, int4=int4).dtype
 
 

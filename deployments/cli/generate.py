@@ -57,6 +57,10 @@ def generate(
     quantization_group: Annotated[
         int, typer.Option(help="Channels a scale in w4a16: 32, 64, 128.", rich_help_panel=_ENGINE)
     ] = 64,
+    activations: Annotated[
+        str,
+        typer.Option(help="That meet weights of 4 bits: int8 is faster; auto: as they are.", rich_help_panel=_ENGINE),
+    ] = "auto",
     kv_dtype: Annotated[
         str, typer.Option(help="model, int8, or auto: int8 beside quantized weights.", rich_help_panel=_ENGINE)
     ] = "auto",
@@ -105,6 +109,7 @@ def generate(
             "dtype": dtype,
             "quantization": quantization,
             "quantization_group": quantization_group,
+            "activations": activations,
             "max_model_len": max_model_len,
             "threads": threads,
         },

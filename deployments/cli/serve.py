@@ -55,6 +55,13 @@ def serve(
     quantization_group: Annotated[
         int | None, typer.Option(help="Channels a scale in w4a16: 32, 64, 128. [64]", rich_help_panel=_MODEL)
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="That meet weights of 4 bits: int8 is faster, on a CPU; auto: as they are. [auto]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     kv_dtype: Annotated[
         str | None,
         typer.Option(
@@ -139,6 +146,7 @@ def serve(
         "engine.dtype": dtype,
         "engine.quantization": quantization,
         "engine.quantization_group": quantization_group,
+        "engine.activations": activations,
         "engine.max_model_len": max_model_len,
         "engine.device": device,
         "engine.threads": threads,

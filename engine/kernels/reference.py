@@ -110,6 +110,9 @@ class ReferenceLinear:
         if isinstance(self.weight, Int8Weight):
             y = multiply_int8(x, self.weight)
             y = y if self._bias is None else y + self._bias
+        elif isinstance(self.weight, Int4Weight) and self.weight.int8_activations:
+            bias = None if self._bias is None else self._bias.to(torch.float32)
+            y = F.linear(quantize_groups(x, self.weight), self._dense_weight(torch.float32), bias)
         else:
             y = F.linear(x, self._dense_weight(x.dtype), self._bias)
         if self._gate is not None:
@@ -163,6 +166,19 @@ def multiply_int8(x: Tensor, weight: Int8Weight) -> Tensor:
     else:
         sums = values.to(torch.float64) @ weight.values.T.to(torch.float64)
     return sums.to(torch.float32) * scale * weight.scale
+
+
+def quantize_groups(x: Tensor, weight: Int4Weight) -> Tensor:
+    """[T, in] as a 4-bit weight with int8 activations meets it: [T, in] float32, each group of a token rounded to int8
+    steps of its own."""
+    ordered = x if weight.order is None else x[:, weight.order]
+    values, scale = quantize_rows(ordered.unflatten(1, (-1, weight.group)))
+    rounded = (values.to(torch.float32) * scale).flatten(1)
+    if weight.order is None:
+        return rounded
+    restored = torch.empty_like(rounded)
+    restored[:, weight.order] = rounded
+    return restored
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

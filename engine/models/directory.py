@@ -10,7 +10,7 @@ from typing import Any
 from engine.errors import ModelError
 from engine.models.families import Family, UnsupportedConfig, family_of, supported_architectures
 from engine.models.spec import ModelSpec
-from engine.quant.config import CheckpointFormat, Scheme, UnsupportedQuantization, group_of, read_quantization
+from engine.quant.config import CheckpointFormat, Scheme, UnsupportedQuantization, group_of, has_int4, read_quantization
 from engine.quant.plan import unit_of
 
 CONFIG = "config.json"
@@ -83,6 +83,15 @@ def channel_unit(path: Path, scheme: str | None, group: int) -> int:
     if layout is None:
         return unit_of("w4a16" if scheme == "w4a16" else None, group)
     return unit_of(None if layout.scheme == "w8a8" else "w4a16", group_of(read_json(path / CONFIG), layout))
+
+
+def check_activations(path: Path, layout: CheckpointFormat | None, scheme: str | None) -> None:
+    """Raises ModelError where activations of 8 bits are asked for, and no weights of 4 bits are there to meet them."""
+    if not has_int4(layout, scheme):
+        raise ModelError(
+            f'{path / CONFIG}: activations "int8" meet weights of 4 bits, and this model would have none: choose '
+            'quantization "w4a16", or a checkpoint in 4 bits; "w8a8" has such activations by itself'
+        )
 
 
 def check_scheme(path: Path, layout: CheckpointFormat | None, scheme: Scheme | None) -> None:

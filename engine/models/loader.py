@@ -16,6 +16,7 @@ from engine.models.decoder import Decoder
 from engine.models.directory import (
     CONFIG,
     channel_unit,
+    check_activations,
     check_scheme,
     find_family,
     find_quantization,
@@ -28,7 +29,7 @@ from engine.models.spec import ModelSpec
 from engine.models.weights import Checkpoint
 from engine.parallel.part import Part
 from engine.parallel.place import Place
-from engine.quant.config import Scheme
+from engine.quant.config import Scheme, has_int4
 
 _DTYPES: dict[Scalar, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,6 +64,7 @@ def load_parameters(
     *,
     quantization: Scheme | Auto = "auto",
     group: int = 64,
+    int8_activations: bool = False,
     place: Place | None = None,
 ) -> LoadedModel:
     """Opens a model directory to run in `dtype`; each parameter is loaded when it is taken.
@@ -72,18 +74,20 @@ def load_parameters(
     A `dtype` of "auto" is the checkpoint's, or bfloat16 where the device wants that (`auto_dtype`). A `quantization` of
     "auto" leaves the weights as the checkpoint has them; any other turns full ones into that form as they are read, in
     groups of `group` input channels where they are of 4 bits. For a checkpoint that is quantized already it must be the
-    same, and then turns its dense head into that form too. Memory peaks at the parameters that are held plus a slice of
-    some MiB. Raises ModelError, as taking a parameter does, and ValueError for a place that the model has no part for.
+    same, and then turns its dense head into that form too. With `int8_activations`, what meets weights of 4 bits is
+    quantized as it comes. Memory peaks at the parameters that are held plus a slice of some MiB. Raises ModelError, as
+    taking a parameter does, and ValueError for a place that the model has no part for.
     """
     family = find_family(path)
     layout = find_quantization(path)
     scheme = None if quantization == "auto" else quantization
     check_scheme(path, layout, scheme)
     spec = load_spec(path)
-    int4 = scheme == "w4a16" or (layout is not None and layout.scheme != "w8a8")
-    run_dtype = _run_dtype(dtype, path, torch.device(device), int4=int4)
+    if int8_activations:
+        check_activations(path, layout, scheme)
+    run_dtype = _run_dtype(dtype, path, torch.device(device), int4=has_int4(layout, scheme))
     checkpoint = Checkpoint(path)
-    form = Form(run_dtype, device, scheme, group, layout=layout)
+    form = Form(run_dtype, device, scheme, group, layout=layout, int8_activations=int8_activations)
     part = Part.all_of(spec) if place is None else Part(spec, place, channel_unit(path, scheme, group))
     part.check()
     parameters = Parameters(checkpoint, part, family.pieces(spec, checkpoint.names), form)

@@ -10,7 +10,7 @@ model that several ranks share, each reads its own rows and columns.
 import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -54,6 +54,8 @@ class Form:
     """See `engine.quant.quantize`."""
     layout: CheckpointFormat | None = None
     """How the checkpoint holds the layers that it has quantized. Those that it left alone stay so."""
+    int8_activations: bool = False
+    """Whether activations that meet weights of 4 bits are quantized too."""
 
     def kind(self, parameter: str, spec: ModelSpec) -> Kind:
         if self.layout is not None and is_layer_linear(parameter):
@@ -129,8 +131,11 @@ class Parameters(MutableMapping[str, Weight]):
     def __getitem__(self, name: str) -> Weight:
         entry = self._entries[name]
         if isinstance(entry, _Unread):
-            entry = self._entries[name] = _read_parameter(self._checkpoint, entry, self._form, self._memory)
-            self.bytes_read += weight_bytes(entry)
+            weight = _read_parameter(self._checkpoint, entry, self._form, self._memory)
+            if self._form.int8_activations and isinstance(weight, Int4Weight):
+                weight = replace(weight, int8_activations=True)
+            entry = self._entries[name] = weight
+            self.bytes_read += weight_bytes(weight)
         return entry
 
     def __setitem__(self, name: str, weight: Weight) -> None:

@@ -22,7 +22,7 @@ from engine.parallel.group import Link, TensorGroup
 from engine.parallel.meeting import LOADING_TIMEOUT, Meeting
 from engine.parallel.place import Place, RankFacts
 from engine.parallel.sampler import RanksSampler
-from engine.ready import has_int4, load
+from engine.ready import load, needs_int4
 from engine.runner import Draws, Receive, Runner, inputs_of, layout_of
 
 __all__ = ["LoadedRank", "Place", "RankFacts", "RankRunner", "load_rank"]
@@ -99,7 +99,7 @@ class LoadedRank:
     def __init__(self, config: EngineConfig, path: Path, meeting: Meeting) -> None:
         self._meeting = meeting
         self._place = meeting.place
-        self._device = choose_device(config, int4=has_int4(config, path), share=meeting.share)
+        self._device = choose_device(config, int4=needs_int4(config, path), share=meeting.share)
         self._torch_device = torch.device(self._device.name)
         self._group = self._join()
         self._ready = load(config, path, self._device, self._place, self._group)

@@ -49,6 +49,11 @@ class CompressedTensors:
 CheckpointFormat = Gptq | Awq | CompressedTensors
 
 
+def has_int4(layout: CheckpointFormat | None, scheme: str | None) -> bool:
+    """Whether a checkpoint of this form, whose full weights are turned into `scheme`, has weights of 4 bits to run."""
+    return scheme == "w4a16" or (layout is not None and layout.scheme != "w8a8")
+
+
 def read_quantization(config: Mapping[str, Any]) -> CheckpointFormat | None:
     """The format that a config.json declares; None if its weights are not quantized. Raises UnsupportedQuantization."""
     found = config.get("quantization_config") or config.get("compression_config")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.config import Auto, DType
+from engine.config import Activations, Auto, DType
 from engine.errors import ModelError
 from engine.forward import Backend, CpuBackend, Forward, ReferenceBackend
 from engine.kernels import AttentionLayout
@@ -32,12 +32,19 @@ class NumberFormats:
     kv: Literal["auto", "int8"] = "auto"
     dtype: DType = "auto"
     kernels: Literal["torch", "C"] = "torch"
+    activations: Activations = "auto"
 
 
 def load_forward(path: Path, formats: NumberFormats, max_tokens: int) -> Forward:
     """A model over a cache of one prompt of at most `max_tokens` tokens. Raises ModelError."""
     backend = _backend(formats, max_tokens)
-    loaded = load_parameters(path, formats.dtype, quantization=formats.quantization, group=formats.group)
+    loaded = load_parameters(
+        path,
+        formats.dtype,
+        quantization=formats.quantization,
+        group=formats.group,
+        int8_activations=formats.activations == "int8",
+    )
     decoder = Decoder(loaded.part, loaded.parameters, backend.operators, loaded.dtype)
     kv_dtype = torch.int8 if formats.kv == "int8" else loaded.dtype
     cache = PagedKVCache(loaded.spec, pages_of(max_tokens), PAGE_TOKENS, kv_dtype, layout=backend.kv_layout)

@@ -1,6 +1,6 @@
 """A linear layer's weight in 16, 8 or 4 bits: what the numbers mean. Knows no kernel's packing and no file format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Int8Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int4Weight:
-    """4-bit weight in groups of consecutive input channels; activations stay as they are (W4A16).
+    """4-bit weight in groups of consecutive input channels; activations stay as they are (W4A16), or are quantized per
+    token and group (W4A8).
 
     weight[o, i] = (value[o, i] - zero[o, g]) * scale[o, g] with g = i // group and values in [0, 15].
     """
@@ -44,6 +45,8 @@ class Int4Weight:
     order: Tensor | None = None
     """[in] int64 for weights whose groups are not consecutive channels (GPTQ's act-order): column i of this weight
     multiplies input channel order[i]. None is the identity."""
+    int8_activations: bool = False
+    """Whether x becomes int8 in [-127, 127] with a scale, max|x| / 127, for each token and group."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,4 +94,4 @@ def rows_of(weight: Weight, first: int, last: int) -> Weight:
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.values[first:last], weight.scale[first:last])
     zero = None if weight.zero is None else weight.zero[first:last]
-    return Int4Weight(weight.packed[first:last], weight.scale[first:last], zero, weight.order)
+    return replace(weight, packed=weight.packed[first:last], scale=weight.scale[first:last], zero=zero)

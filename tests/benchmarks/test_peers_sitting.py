@@ -130,11 +130,11 @@ def test_a_sitting_interleaves_records_what_is_missing_and_finds_the_same_tokens
     ours, theirs, absent, broken = group.entries
     for entry in (ours, theirs):
         assert entry.problem is None and entry.start_seconds is not None and entry.start_seconds > 0
-        assert {name: len(values) for name, values in entry.values.items()} == {"batch": 2, "stream": 2}
+        assert {name: len(values) for name, values in entry.values.items()} == {"batch": 2, "stream": 6}
         assert all(value > 0 for values in entry.values.values() for value in values)
         assert entry.weight_bytes == (model / "model.safetensors").stat().st_size
     assert theirs.agreement is not None and theirs.agreement >= 0.75
     assert absent.problem == "vllm is not installed: run python -m benchmarks.peers.install vllm"
     assert broken.problem is not None and "no such format" in broken.problem
-    turns = [line.split()[-3] for line in lines if "batch round" in line]
+    turns = [line.split()[-3] for line in lines if "batch run" in line]
     assert turns == ["manta", "transformers"] * 2

@@ -103,6 +103,18 @@ def test_a_quantized_checkpoint_cannot_be_quantized_otherwise(tmp_path: Path) ->
     check_model(asking(folder))
 
 
+@pytest.mark.parametrize("quantization", ["auto", "w8a8"])
+def test_activations_of_8_bits_are_refused_without_weights_of_4(quantization: str, tmp_path: Path) -> None:
+    folder = save(CONFIGS["llama"], tmp_path)
+    with pytest.raises(ModelError, match='"w8a8" has such activations by itself') as early:
+        check_model(asking(folder, quantization=quantization, activations="int8"))
+    with pytest.raises(ModelError) as late:
+        load_parameters(folder, quantization=quantization, int8_activations=True)
+    assert str(early.value) == str(late.value)
+    edit_config(folder, quantization_config=GPTQ)
+    check_model(asking(folder, activations="int8"))
+
+
 NEEDS_GPU: list[dict[str, str]] = [
     {"device": "cuda"},
     {"quantization": "fp8"},
@@ -127,6 +139,12 @@ def test_a_device_that_is_not_there_is_refused(settings: dict[str, str], monkeyp
 def test_where_there_may_be_a_gpu_nothing_is_refused(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_check, "may_have_gpu", lambda: True)
     check_model(EngineConfig.model_validate(settings))
+
+
+def test_activations_of_8_bits_are_for_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ValueError, match="choose device cpu"):
+        choose_device(EngineConfig(quantization="w4a16", activations="int8"), int4=True)
 
 
 def test_fp8_is_refused_on_a_cpu_even_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,10 +222,13 @@ def test_keys_and_values_follow_the_weights_into_8_bits(
     assert assemble(config).kv_dtype == held
 
 
-@pytest.mark.parametrize("quantization", ["w8a8", "w4a16"])
-def test_quantized_weights_and_cache_give_the_same_tokens_in_any_company(model: Path, quantization: str) -> None:
+@pytest.mark.parametrize(("quantization", "activations"), [("w8a8", "auto"), ("w4a16", "auto"), ("w4a16", "int8")])
+def test_quantized_weights_and_cache_give_the_same_tokens_in_any_company(
+    model: Path, quantization: str, activations: str
+) -> None:
     """Quantization changes the model, once; batches, chunks and preemption still change nothing."""
-    settings = {"quantization": quantization, "quantization_group": 32, "kv_dtype": "int8"}
+    numbers = {"quantization": quantization, "quantization_group": 32, "activations": activations}
+    settings = {**numbers, "kv_dtype": "int8"}
     alone = Streams()
     for request in mixed_requests():
         alone.tokens |= run(engine_of(model, **settings), [request]).tokens
@@ -243,16 +246,37 @@ def test_a_checkpoint_of_4_bits_gives_the_same_tokens_in_any_company(model: Path
     assert run(engine_of(tmp_path / "q4"), mixed_requests()).tokens == alone.tokens
 
 
+def test_activations_of_8_bits_beside_weights_of_4_are_another_model_but_not_by_much(model: Path) -> None:
+    prompt = tuple(i * 7 % 298 + 2 for i in range(150))
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+
+    def logprobs(**settings: object) -> list[float]:
+        streams = run(engine_of(model, **settings), [Request("r", prompt, params)])
+        return [each.logprob for each in streams.prompt_logprobs["r", 0]]
+
+    whole = logprobs(quantization="w4a16", quantization_group=32)
+    rounded = logprobs(quantization="w4a16", quantization_group=32, activations="int8")
+    assert rounded != whole
+    assert rounded == pytest.approx(whole, abs=0.05)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "quantization", "tolerance"),
-    [("float32", "auto", 1e-5), ("bfloat16", "auto", 0.01), ("float32", "w8a8", 0.01), ("float32", "w4a16", 1e-4)],
+    ("dtype", "quantization", "activations", "tolerance"),
+    [
+        ("float32", "auto", "auto", 1e-5),
+        ("bfloat16", "auto", "auto", 0.01),
+        ("float32", "w8a8", "auto", 0.01),
+        ("float32", "w4a16", "auto", 1e-4),
+        ("float32", "w4a16", "int8", 0.01),
+    ],
 )
 def test_the_compiled_kernels_and_torch_give_one_model(
-    model: Path, dtype: str, quantization: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    model: Path, dtype: str, quantization: str, activations: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An engine over the C kernels and one over the reference that runs where they cannot be compiled."""
     compiled_library()
-    settings = {"dtype": dtype, "quantization": quantization, "quantization_group": 32}
+    numbers = {"quantization": quantization, "quantization_group": 32, "activations": activations}
+    settings = {"dtype": dtype, **numbers}
     prompt = tuple(i * 7 % 298 + 2 for i in range(150))
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, prompt_logprobs=0)
     compiled = run(engine_of(model, **settings), [Request("r", prompt, params)])

@@ -10,7 +10,7 @@ from engine.sequence import Request
 
 from .wire import Item, Load, Timeline, bytes_of_files, serve
 
-_QUANTIZATION: dict[str, Quantization] = {"bf16": "auto", "w8a8": "w8a8", "w4a16": "w4a16"}
+_QUANTIZATION: dict[str, Quantization] = {"bf16": "auto", "w8a8": "w8a8", "w4a8": "w4a16"}
 
 
 class Manta:
@@ -22,6 +22,8 @@ class Manta:
             device="cpu",
             threads=load.threads,
             quantization=_QUANTIZATION[load.format],
+            # As the other engines' formats of 4 bits have them.
+            activations="int8" if load.format == "w4a8" else "auto",
             kv=KVConfig(memory=load.kv_bytes, prefix_caching=False),
             scheduler=SchedulerConfig(max_stall_s=None),
         )

@@ -39,7 +39,7 @@ _POLL_S = 0.05
 NUM_KEPT = 32
 """Libraries that stay in the cache. Not one: machines with other CPUs may share it, each with a version or two."""
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-_INT4_FILE = "linear_int4.c"
+_INT4_FILES = frozenset({"linear_int4.c", "linear_int4_int8.c"})
 _INT4_OPERATIONS = frozenset({"linear_int4", "gather_columns"})
 _LEVELS = {"attention_product.c": "-O2"}
 """Where the source says itself what to unroll: as fast as -O3, and compiled in two thirds of the time."""
@@ -125,7 +125,7 @@ class Recipe:
     @cached_property
     def files(self) -> list[Path]:
         """C files, those that take longest first."""
-        files = (path for path in self.source.glob("*.c") if self.int4 or path.name != _INT4_FILE)
+        files = (path for path in self.source.glob("*.c") if self.int4 or path.name not in _INT4_FILES)
         return sorted(files, key=lambda path: -path.stat().st_size)
 
     def command(self, path: Path, target: Path) -> list[str]:

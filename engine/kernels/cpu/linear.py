@@ -254,7 +254,7 @@ class Int8Linear(PackedLinear):
 
 
 class Int4Linear(PackedLinear):
-    """An int4 weight in groups; x stays as it is (W4A16)."""
+    """An int4 weight in groups; x stays as it is (W4A16), or its rows are quantized as they come (W4A8)."""
 
     def __init__(self, layer: _Layer, weight: Int4Weight) -> None:
         self._group = weight.group
@@ -265,6 +265,7 @@ class Int4Linear(PackedLinear):
             )
         self._layer = layer
         self._zeros = weight.zero is not None
+        self._int8_activations = weight.int8_activations
         self._order = None if weight.order is None else weight.order.to(torch.int64).contiguous()
         self._weight = self._pack(weight)
 
@@ -274,10 +275,22 @@ class Int4Linear(PackedLinear):
 
     def __call__(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         x = self._ordered(x)
-        groups = self._layer.columns // self._group
-        x_sums = self._layer.target.empty(x.shape[0], groups, dtype=torch.float32) if self._zeros else None
+        rows, groups, target = x.shape[0], self._layer.columns // self._group, self._layer.target
+        x_values = x_sums = None
+        if self._int8_activations:
+            x_values = target.empty(rows, self._layer.columns, dtype=torch.int8)
+            x_sums = target.empty(rows, groups, 2, dtype=torch.float32)
+        elif self._zeros:
+            x_sums = target.empty(rows, groups, dtype=torch.float32)
         return self._layer.multiply(
-            "linear_int4", x, offsets, weight=self._weight, group=self._group, zeros=int(self._zeros), x_sums=x_sums
+            "linear_int4",
+            x,
+            offsets,
+            weight=self._weight,
+            group=self._group,
+            zeros=int(self._zeros),
+            x_values=x_values,
+            x_sums=x_sums,
         )
 
     def rows(self, dtype: torch.dtype, held: range | None = None) -> Embedding:

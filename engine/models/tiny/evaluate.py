@@ -132,7 +132,7 @@ def samples(path: Path = PATH, prompts: Sequence[str] = PROMPTS, temperatures: S
 
 
 def _perplexity_of(options: argparse.Namespace) -> tuple[float, int]:
-    names = ("quantization", "group", "kv", "dtype", "kernels")
+    names = ("quantization", "group", "activations", "kv", "dtype", "kernels")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if not chosen:
         return heldout_perplexity(options.model)
@@ -151,6 +151,7 @@ def main() -> None:
     engine = parser.add_argument_group("this engine's number formats; without any, transformers runs in float32")
     engine.add_argument("--quantization", choices=("auto", "w8a8", "w4a16"), help="of the weights")
     engine.add_argument("--group", type=int, choices=(32, 64, 128), help="input channels to a scale in w4a16")
+    engine.add_argument("--activations", choices=("auto", "int8"), help="that meet weights of 4 bits")
     engine.add_argument("--kv-dtype", dest="kv", choices=("auto", "int8"), help="of keys and values")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of everything else")
     engine.add_argument("--kernels", choices=("torch", "C"), help="what computes")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,16 +180,20 @@ def random_int4(rows: int, columns: int, group: int, *, zero: bool, order: bool)
     )
 
 
+KINDS = ("dense", "int8", "int4", "int4 asymmetric, reordered", "int4a8")
+
+
 def weights(rows: int, columns: int) -> dict[str, Weight]:
     return {
         "dense": torch.randn(rows, columns),
         "int8": Int8Weight(torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.rand(rows) / 64),
         "int4": random_int4(rows, columns, 8, zero=False, order=False),
         "int4 asymmetric, reordered": random_int4(rows, columns, 4, zero=True, order=True),
+        "int4a8": replace(random_int4(rows, columns, 4, zero=True, order=True), int8_activations=True),
     }
 
 
-@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4 asymmetric, reordered"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_linear_is_a_product_with_the_weight_as_defined(kind: str) -> None:
     weight = weights(10, 16)[kind]
     dense = (weight if isinstance(weight, torch.Tensor) else weight.dequantize()).double()
@@ -197,6 +202,11 @@ def test_linear_is_a_product_with_the_weight_as_defined(kind: str) -> None:
     if kind == "int8":
         values, scale = quantize_rows(x)
         seen = values.double() * scale.double()
+    if isinstance(weight, Int4Weight) and weight.int8_activations:
+        assert weight.order is not None
+        for group in weight.order.view(-1, weight.group):
+            values, scale = quantize_rows(x[:, group])
+            seen[:, group] = values.double() * scale.double()
     expected = seen @ dense.T + bias.double()
     torch.testing.assert_close(OPERATORS.linear(weight, bias)(x).double(), expected, atol=1e-4, rtol=1e-5)
     gate, up = expected.chunk(2, dim=-1)
@@ -204,7 +214,7 @@ def test_linear_is_a_product_with_the_weight_as_defined(kind: str) -> None:
     torch.testing.assert_close(gated.double(), gate / (1 + (-gate).exp()) * up, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4 asymmetric, reordered"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_tied_embedding_gives_rows_of_the_head(kind: str) -> None:
     weight = weights(10, 16)[kind]
     dense = weight if isinstance(weight, torch.Tensor) else weight.dequantize()

@@ -203,16 +203,16 @@ def test_plain_torch_over_connections_answers_as_one_rank(
         assert_alike(ranks, greedy_requests())
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+@pytest.mark.parametrize(("scheme", "activations"), [("w8a8", "auto"), ("w4a16", "auto"), ("w4a16", "int8")])
 @pytest.mark.parametrize("name", ["LLAMA", "NEOX", "GPT2", "QWEN_MOE"])
 def test_quantized_weights_answer_as_on_one_rank(
-    name: str, scheme: str, tmp_path: Path, load: Callable[[EngineConfig, Cut], Ranks]
+    name: str, scheme: str, activations: str, tmp_path: Path, load: Callable[[EngineConfig, Cut], Ranks]
 ) -> None:
     """In 4 bits ranks hold the same groups. In 8 bits each tensor rank has scales of its own channels, which are finer;
     stages have the same."""
     checkpoints.random_model(getattr(checkpoints, name)).save_pretrained(tmp_path)
     kv = KVConfig(memory="8MiB", dtype="model")
-    config = config_of(tmp_path, quantization=scheme, quantization_group=32, kv=kv)
+    config = config_of(tmp_path, quantization=scheme, quantization_group=32, activations=activations, kv=kv)
     assert_alike(load(config, Cut(1, 2)), greedy_requests(96))
     ranks = load(config, Cut(2, 2, 2 if name == "QWEN_MOE" else 1))
     if scheme == "w4a16":

@@ -147,6 +147,14 @@ def test_mixed_schemes_load_when_every_one_is_supported(tmp_path: Path) -> None:
     assert isinstance(parameters["layers.0.mlp_in.weight"], Int4Weight)
 
 
+@pytest.mark.parametrize("name", ["gptq act-order", "awq"])
+def test_a_checkpoint_of_4_bits_can_have_activations_of_8(name: str, tmp_path: Path) -> None:
+    quantized, _ = write_pair(RECIPES[name], tmp_path)
+    found = load_parameters(quantized, int8_activations=True).parameters
+    fours = [weight for weight in found.values() if isinstance(weight, Int4Weight)]
+    assert fours and all(weight.int8_activations for weight in fours)
+
+
 def test_the_head_stays_dense_until_its_scheme_is_asked_for(tmp_path: Path) -> None:
     quantized, _ = write_pair(RECIPES["gptq"], tmp_path)
     assert isinstance(load_parameters(quantized).parameters["head.weight"], torch.Tensor)

@@ -60,6 +60,17 @@ def test_4_bits_are_those_of_the_whole_parameter(model: Path) -> None:
         assert same(found.parameters[name], quantize_int4(weight, 32) if is_quantized else weight), name
 
 
+def test_activations_of_8_bits_leave_the_weights_as_they_are(model: Path) -> None:
+    plain, found = (
+        load_parameters(model, quantization="w4a16", group=32, int8_activations=chosen).parameters
+        for chosen in (False, True)
+    )
+    for name, weight in found.items():
+        assert same(weight, plain[name])
+        assert not isinstance(weight, Int4Weight) or (weight.int8_activations and not plain[name].int8_activations)
+    assert any(isinstance(weight, Int4Weight) for weight in found.values())
+
+
 def test_a_head_that_the_group_does_not_fit_is_in_8_bits(tmp_path: Path) -> None:
     """OPT's embeddings, which its head is tied to, can be narrower than its layers."""
     random_model(NARROW_ENDS).save_pretrained(tmp_path)

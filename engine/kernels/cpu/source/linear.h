@@ -60,7 +60,10 @@ OPERATION(linear_int8);
 /* The same with an int4 weight. Each panel is a run of bundles of 4 groups, the last of which may have fewer: their
  * scales in float16; with zero points, of each column 8 - zero in int8; and their steps by turns, the first of each
  * group, the second of each and so on. A step holds 8 input channels: of each column two halves of 16 bits, the four even
- * channels and the four odd ones, low bits first. */
+ * channels and the four odd ones, low bits first.
+ *
+ * Rows of x may be quantized on the way, group by group: scale = max |x| / 127 over the group, rounded to the nearest, ties
+ * to even. The sum of a group's products is exact. */
 struct linear_int4 {
     const void *x;                  /* [rows, in]; rows x_stride elements apart */
     int64_t x_stride;
@@ -74,7 +77,8 @@ struct linear_int4 {
     int64_t group;                  /* input channels; a multiple of 32 */
     int64_t zeros;                  /* whether there are zero points */
     int64_t gate;
-    float *x_sums;                  /* scratch: [rows, in / group] with zero points */
+    void *x_values;                 /* scratch: [rows, in] int8, if x is to be quantized; NULL: it stays as it is */
+    float *x_sums;                  /* scratch: [rows, in / group] with zero points; twice that if x is quantized */
     void *y;
     int64_t y_dtype;
 };

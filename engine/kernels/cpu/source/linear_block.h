@@ -41,15 +41,6 @@ INLINE void multiply_unit(
     }
 }
 
-/* Asks for a line: into the first cache, or only into the second. */
-INLINE void fetch(const char *line, int64_t near) {
-    if (near) {
-        __builtin_prefetch(line, 0, 3);
-    } else {
-        __builtin_prefetch(line, 0, 2);
-    }
-}
-
 /* `tail` is whether an incomplete unit, of 2 bytes of x, can follow. */
 INLINE void multiply_rows(multiply_add *add, int64_t rows, int64_t tail, const struct block *block) {
     vf sums[BLOCK_ROWS][PANEL_VECTORS];
@@ -69,9 +60,9 @@ INLINE void multiply_rows(multiply_add *add, int64_t rows, int64_t tail, const s
         x[i] = block->x + 3 * i * x_stride;
     }
     for (int64_t unit = 0; unit < units; unit++) {
-        fetch(ahead, near);
+        fetch_lines(ahead, 1, near);
         if (ahead_step > CACHE_LINE) {
-            fetch(ahead + CACHE_LINE, near);
+            fetch_lines(ahead + CACHE_LINE, 1, near);
         }
         multiply_unit(add, rows, 4, x, x_stride, weight, sums);
 #pragma GCC unroll 4

@@ -3,6 +3,7 @@
  * The machine multiplies unsigned by signed bytes, so x + 128 is what is stored, and 128 times the column's sum is
  * taken off in the end. A sum may wrap on the way; the result, below 127 * 127 * 2^17 < 2^31, is exact all the same.
  */
+#include "bytes.h"
 #include "linear_block.h"
 #include "team.h"
 
@@ -13,21 +14,8 @@ enum {
     OWN_ROWS = 64
 };
 
-typedef uint8_t vb __attribute__((vector_size(VF)));
-
 INLINE vf add_int8(vf sums, vu x, vu columns) {
-#if defined(VECTOR_AVX512) && defined(__AVX512VNNI__)
-    return (vf)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)x, (__m512i)columns);
-#elif defined(VECTOR_AVX2) && defined(__AVXVNNI__)
-    return (vf)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)x, (__m256i)columns);
-#else
-    vu total = (vu)sums;
-#pragma GCC unroll 4
-    for (int byte = 0; byte < 4; byte++) {
-        total += (x >> 8 * byte & 255) * (vu)((vi)(columns << (24 - 8 * byte)) >> 24);
-    }
-    return (vf)total;
-#endif
+    return (vf)add_bytes((vi)sums, x, columns);
 }
 
 static void multiply_int8(const struct block *block) {
@@ -85,22 +73,10 @@ static void scale_int8(const struct product *product, int64_t panel, int64_t row
 
 /* ---- rows of x ---- */
 
-/* NaN if the row has a NaN or an infinity: a byte could not say so. */
-INLINE float largest_magnitude(const void *array, int64_t dtype, int64_t begin, int64_t in) {
-    vf largest = {0}, poison = {0};
-    for (int64_t i = 0; i < in; i += VF) {
-        const vf x = vf_get(array, dtype, begin + i, in - i);
-        largest = vf_max(vf_abs(x), largest);
-        poison += x * 0.0f;
-    }
-    return vf_largest(largest) + vf_sum(poison);
-}
-
 /* Rows [begin, end) of x into `values`, rows `stride` bytes apart, and `scales`. */
 INLINE void quantize(
     const struct linear_int8 *args, int64_t dtype, int64_t begin, int64_t end, uint8_t *values, int64_t stride,
     float *scales) {
-    const float shift = 0x1.8p23f;  /* adding it rounds to a whole number, in the lowest bits */
     for (int64_t row = begin; row < end; row++) {
         const int64_t first = row * args->x_stride;
         const float largest = largest_magnitude(args->x, dtype, first, args->in);
@@ -108,7 +84,7 @@ INLINE void quantize(
         scales[row] = largest / 127;
         for (int64_t i = 0; i < args->in; i += VF) {
             const vf x = vf_get(args->x, dtype, first + i, args->in - i);
-            const vf shifted = vf_fused(x, vf_set(inverse), vf_set(shift));
+            const vf shifted = vf_fused(x, vf_set(inverse), vf_set(rounding_shift));
             const vb bytes = __builtin_convertvector((vu)shifted + ZERO, vb);
             memcpy(values + row * stride + i, &bytes, sizeof bytes);
         }

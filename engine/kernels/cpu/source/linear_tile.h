@@ -102,6 +102,21 @@ static inline int64_t int4_panel_bytes(int64_t group, int64_t groups, int64_t ze
         int4_bundle_bytes(group, groups % INT4_BUNDLE, zeros);
 }
 
+/* Asks for `count` lines, a constant: into the first cache, or only into the second. */
+INLINE void fetch_lines(const char *first, int64_t count, int64_t near) {
+    if (near) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < count; i++) {
+            __builtin_prefetch(first + i * CACHE_LINE, 0, 3);
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < count; i++) {
+            __builtin_prefetch(first + i * CACHE_LINE, 0, 2);
+        }
+    }
+}
+
 /* This thread's part of the product. */
 void run_product(const struct product *product, struct team *team);
 

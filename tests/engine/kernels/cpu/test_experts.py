@@ -22,8 +22,7 @@ from tests.engine.kernels.routing_cases import check_table, mixture, random_expe
 
 F32, BF16 = torch.float32, torch.bfloat16
 HIDDEN, WIDTH = 64, 96
-FORMS = ("dense", "int8", "int4")
-forms = pytest.mark.parametrize("form", FORMS)
+forms = pytest.mark.parametrize("form", linear.FORMS)
 dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
 
 
@@ -37,7 +36,10 @@ def expert_weights(form: str, experts: int, dtype: torch.dtype = BF16) -> tuple[
     if form == "int8":
         inner, outer = (linear.int8_weight(*shape, generator) for shape in shapes)
         return inner, outer
-    inner, outer = (linear.int4_weight(*shape, 32, generator, zeros=True) for shape in shapes)
+    inner, outer = (
+        replace(linear.int4_weight(*shape, 32, generator, zeros=True), int8_activations=form == "int4a8")
+        for shape in shapes
+    )
     return inner, outer
 
 
@@ -100,10 +102,11 @@ def stack(weights: list[Weight]) -> Weight:
         return Int8Weight(torch.cat([each.values for each in eights]), torch.cat([each.scale for each in eights]))
     fours = [weight for weight in weights if isinstance(weight, Int4Weight)]
     zeros = [each.zero for each in fours if each.zero is not None]
-    return Int4Weight(
-        torch.cat([each.packed for each in fours]),
-        torch.cat([each.scale for each in fours]),
-        torch.cat(zeros) if zeros else None,
+    return replace(
+        fours[0],
+        packed=torch.cat([each.packed for each in fours]),
+        scale=torch.cat([each.scale for each in fours]),
+        zero=torch.cat(zeros) if zeros else None,
     )
 
 
@@ -118,8 +121,7 @@ def test_each_expert_multiplies_its_own_rows(library: Library, form: str, case: 
     case = replace(case, rows=sum(counts), has_order=False)
     weights = [replace(case, seed=case.seed + index).weight(form) for index in range(len(counts))]
     x = case.x(weights[0].shape[1])
-    if form == "int8":
-        x.copy_(linear.quantized(x))
+    x.copy_(linear.on_grid(x, weights[0]))
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0)])
     target = linear.Guarded(library)
     y = pack_experts(target, stack(weights), len(counts), gate=case.gate, out_dtype=case.out_dtype)(x, offsets)
@@ -153,7 +155,7 @@ def test_every_form_of_a_weight_gives_what_the_reference_gives(library: Library,
     y, expected = (mixed(each, routing, weights, x, logits) for each in (in_c(library), ReferenceOperators()))
     errors = (y - expected).abs().amax(1) / expected.std()
     # Where sums round apart, an activation of 8 bits may become the neighbour of what it is in the other: rarely.
-    assert errors.max() <= (0.1 if form == "int8" else 1e-4)
+    assert errors.max() <= (0.1 if form in ("int8", "int4a8") else 1e-4)
     assert (errors > 1e-4).sum() <= 3
 
 
@@ -214,7 +216,8 @@ def rows_of(weight: Weight, held: range, rows: int) -> Weight:
         return weight[some].clone()
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.values[some], weight.scale[some])
-    return Int4Weight(weight.packed[some], weight.scale[some], None if weight.zero is None else weight.zero[some])
+    zero = None if weight.zero is None else weight.zero[some]
+    return replace(weight, packed=weight.packed[some], scale=weight.scale[some], zero=zero)
 
 
 @forms

@@ -1,7 +1,7 @@
 """Packed linear layers agree with float64 on the numbers that they were given, on every instruction set, and a token's
 result does not depend on its company."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -73,7 +73,8 @@ class Case:
         if form == "int8":
             return int8_weight(self.out, self.columns, generator)
         columns = -(-self.columns // self.group) * self.group
-        return int4_weight(self.out, columns, self.group, generator, zeros=self.has_zeros, order=self.has_order)
+        weight = int4_weight(self.out, columns, self.group, generator, zeros=self.has_zeros, order=self.has_order)
+        return replace(weight, int8_activations=form == "int4a8")
 
     def x(self, columns: int) -> Tensor:
         """Rows with NaN between them."""
@@ -101,7 +102,9 @@ cases = st.builds(
     has_order=st.booleans(),
     seed=st.integers(0, 1000),
 )
-forms = pytest.mark.parametrize("form", ["dense", "int8", "int4"])
+FORMS = ("dense", "int8", "int4", "int4a8")
+"""Of weights; the last has activations of 8 bits."""
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 def int8_weight(out: int, columns: int, generator: torch.Generator) -> Int8Weight:
@@ -130,6 +133,18 @@ def quantized(x: Tensor) -> Tensor:
     grid = (x.double() / x.abs().amax(1, keepdim=True).clamp_min(1e-30).double() * 127).round()
     grid[:, :1] = 127
     return (grid / 64).to(x.dtype)
+
+
+def on_grid(x: Tensor, weight: Weight) -> Tensor:
+    """x rounded so that the weight's own rounding of it changes nothing."""
+    if isinstance(weight, Int8Weight):
+        return quantized(x)
+    if not (isinstance(weight, Int4Weight) and weight.int8_activations):
+        return x
+    order = torch.arange(x.shape[1]) if weight.order is None else weight.order
+    rounded = torch.empty_like(x)
+    rounded[:, order] = quantized(x[:, order].reshape(-1, weight.group)).reshape(x.shape)
+    return rounded
 
 
 def excess(y: Tensor, exact: Tensor, error: Tensor) -> float:
@@ -162,8 +177,7 @@ def test_agrees_with_float64(library: Library, form: str, case: Case) -> None:
     weight, bias, target = case.weight(form), case.bias(), Guarded(library)
     linear = pack_linear(target, weight, bias, gate=case.gate, out_dtype=case.out_dtype)
     x = case.x(weight.shape[1])
-    if form == "int8":
-        x.copy_(quantized(x))
+    x.copy_(on_grid(x, weight))
     y = linear(x)
     assert y.dtype == (case.out_dtype or case.dtype)
     target.check()
@@ -204,14 +218,15 @@ def layer(form: str, out: int, columns: int, dtype: torch.dtype = BF16) -> Weigh
         return torch.randn(out, columns, generator=generator).to(dtype)
     if form == "int8":
         return int8_weight(out, columns, generator)
-    return int4_weight(out, columns, 128, generator, zeros=True)
+    weight = int4_weight(out, columns, 128, generator, zeros=True)
+    return replace(weight, int8_activations=form == "int4a8")
 
 
 @forms
 @pytest.mark.parametrize("rows", [1, 13, 97])
 def test_long_rows_pass_through_in_several_pieces(native_library: Library, form: str, rows: int) -> None:
     weight = layer(form, 80, 10_240)
-    x = quantized(torch.randn(rows, 10_240).to(BF16))
+    x = on_grid(torch.randn(rows, 10_240).to(BF16), weight)
     linear = pack_linear(Immediate(native_library, 2), weight, out_dtype=F32)
     y = linear(x)
     check(y, x, weight, None, None)
@@ -268,7 +283,7 @@ def tensors_of(weight: Int8Weight | Int4Weight) -> list[Tensor]:
 
 
 def test_no_rows_are_no_error(native_library: Library) -> None:
-    for form in ("dense", "int8", "int4"):
+    for form in FORMS:
         assert pack_linear(Immediate(native_library, 2), layer(form, 64, 128))(
             torch.empty(0, 128, dtype=BF16)
         ).shape == (0, 64)
@@ -304,6 +319,19 @@ def test_int8_quantizes_to_the_nearest_of_255_steps(library: Library, dtype: tor
     x = (torch.randn(40, 200) * torch.logspace(-12, 12, 40)[:, None]).to(dtype)
     steps = x.abs().amax(1, keepdim=True).double() / 127
     y = pack_linear(Immediate(library, 2), identity, out_dtype=F32)(x)
+    assert ((y.double() - x.double()).abs() <= 0.5001 * steps).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_int4_can_quantize_each_group_to_the_nearest_of_255_steps(library: Library, dtype: torch.dtype) -> None:
+    # Of value 9 and 8, 1 and 0 are left: an identity.
+    values = torch.full((192, 192), 8, dtype=torch.uint8) + torch.eye(192, dtype=torch.uint8)
+    packed = values[:, ::2] | values[:, 1::2] << 4
+    weight = Int4Weight(packed, torch.ones(192, 6), None, int8_activations=True)
+    x = (torch.randn(40, 6, 32) * torch.logspace(-6, 6, 240).view(40, 6, 1)).to(dtype)
+    x[3, 2] = 0
+    steps = x.abs().amax(2, keepdim=True).double() / 127
+    y = pack_linear(Immediate(library, 2), weight, out_dtype=F32)(x.flatten(1)).view(x.shape)
     assert ((y.double() - x.double()).abs() <= 0.5001 * steps).all()
 
 
