@@ -263,6 +263,10 @@ class Int4Linear(PackedLinear):
                 f"{layer.columns} input channels in groups of {self._group}: groups are multiples of {_GROUP_UNIT} "
                 "that divide them"
             )
+        if weight.int8_activations and self._group > _MAX_INT8_CHANNELS:
+            raise ValueError(
+                f"groups of {self._group} input channels: sums of int8 products are exact up to {_MAX_INT8_CHANNELS}"
+            )
         self._layer = layer
         self._zeros = weight.zero is not None
         self._int8_activations = weight.int8_activations

@@ -372,6 +372,9 @@ class TestErrors:
         weight = Int8Weight(torch.zeros(1, 2**17 + 1, dtype=torch.int8), torch.ones(1))
         with pytest.raises(ValueError, match="131073 input channels"):
             pack_linear(target, weight)
+        half = torch.zeros(1, 2**16 + 16, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="groups of 131104 input channels"):
+            pack_linear(target, Int4Weight(half, torch.ones(1, 1), None, int8_activations=True))
 
     @pytest.mark.parametrize(
         "x", [torch.randn(2, 9), torch.randn(2, 8).to(BF16), torch.randn(8, 2).T], ids=["width", "dtype", "transposed"]
