@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig
 from tests.engine.models.harness import CONFIGS, make_model
-from tests.engine.parallel.pool import Pool
+from tests.engine.parallel.pool import Cut, Pool, Ranks
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,11 @@ def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def load(pool: Pool) -> Callable[[EngineConfig, Cut], Ranks]:
+    return pool.load
 
 
 @pytest.fixture(scope="module")
