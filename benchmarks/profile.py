@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=0, metavar="N", help="steps of one prompt of N tokens instead")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--activations", default="auto")
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -204,6 +205,7 @@ def main() -> None:
             device="cpu",
             threads=arguments.threads,
             quantization=arguments.quantization,
+            activations=arguments.activations,
             kv=KVConfig(dtype=arguments.kv_dtype, prefix_caching=False),
             scheduler=SchedulerConfig(max_sequences=batch, max_batch_tokens=max(1024, tokens)),
         )
