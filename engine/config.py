@@ -97,7 +97,7 @@ class EngineConfig(Config):
     """Input channels that share a scale in "w4a16"."""
     activations: Activations = "auto"
     """Type of what meets weights of 4 bits: "auto" is that of the run; "int8" quantizes each token group by group as it
-    comes (W4A8), on a CPU only: prompts and batches are computed in half the time."""
+    comes (W4A8), on a CPU only: prompts and batches are computed faster."""
     max_model_len: Annotated[int, Field(ge=2)] | Auto = "auto"
     """Longest sequence, prompt and output together; "auto" takes the model's, or what the KV memory can hold."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -14,7 +14,8 @@ enum {
 #else
     BLOCK_ROWS = 3,                 /* 3 x 4 of 16 */
 #endif
-    ROW_GROUPS = BLOCK_ROWS / 3
+    ROW_GROUPS = BLOCK_ROWS / 3,
+    FAR_ROWS = 20                   /* see product */
 };
 
 /* A vector of sums, plus what 4 bytes of a row, in every lane, and 4 bytes of each of VF columns give. */

@@ -29,6 +29,7 @@ void linear_dense(const struct linear_dense *args, const struct step *step, stru
     const struct product product = {
         .multiply = args->dtype == F32 ? multiply_f32 : multiply_bf16,
         .block_rows = BLOCK_ROWS,
+        .far_rows = FAR_ROWS,
         .x = args->x,
         .x_stride = args->x_stride * width,
         .x_unit_bytes = 4,

@@ -76,6 +76,7 @@ static void take_bytes(
     }
     product->multiply = multiply_int4_int8;
     product->block_rows = BLOCK_ROWS;
+    product->far_rows = BLOCK_ROWS;
     product->x = (const char *)values;
     product->x_stride = args->in;
     product->x_unit_bytes = INT4_BUNDLE * args->group;

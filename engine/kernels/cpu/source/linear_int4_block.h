@@ -223,12 +223,6 @@ INLINE void multiply_step(
     }
 }
 
-/* Whether to fetch into the first cache: arithmetic takes longer than memory, but for the few rows of int8 that use a
- * weight once. */
-INLINE int64_t is_near(int64_t kind, const struct block *block) {
-    return kind != INT8 || block->ahead_step < STEP_BYTES;
-}
-
 /* Groups [first, first + span) of a bundle at once for `rows` rows; rows and span are constants. Until they are added,
  * the groups depend on nothing of each other: their chains of additions run side by side, and the result is that of one
  * after the other. As their steps lie by turns, what is read is one stream, which prefetchers follow. */
@@ -237,7 +231,6 @@ INLINE void walk_groups(
     const struct block *block = walk->block;
     const int64_t size = walk->groups->size, steps = size / INT4_STEP, row_groups = (rows + 2) / 3;
     vf sums[SUM_ROWS][PANEL_VECTORS];               /* [span][rows] */
-    const int64_t near = is_near(kind, block);
     const char *x[ROW_GROUPS], *ahead = walk->ahead;
     const char *weight = walk->bundle + int4_header_bytes(walk->count, walk->groups->zeros) + first * STEP_BYTES;
 #pragma GCC unroll 4
@@ -249,7 +242,7 @@ INLINE void walk_groups(
         }
     }
     for (int64_t step = 0; step < steps; step++) {
-        fetch_lines(ahead, 2 * span, near);
+        fetch_lines(ahead, 2 * span, block->near);
         ahead += span * block->ahead_step;
         multiply_step(kind, rows, span, weight, x, block->x_stride, sums);
         weight += walk->count * STEP_BYTES;
@@ -267,7 +260,7 @@ INLINE void walk_bundle(
     const int64_t header = int4_header_bytes(count, walk->groups->zeros), ahead_step = walk->block->ahead_step;
     walk->count = count;
     for (int64_t i = 0; i < header * ahead_step / STEP_BYTES; i += CACHE_LINE) {
-        fetch_lines(walk->ahead + i, 1, is_near(kind, walk->block));
+        fetch_lines(walk->ahead + i, 1, walk->block->near);
     }
     walk->ahead += header * ahead_step / STEP_BYTES;
     int64_t first = 0;

@@ -123,6 +123,7 @@ void linear_int8(const struct linear_int8 *args, const struct step *step, struct
         .scale = scale_int8,
         .args = args,
         .block_rows = BLOCK_ROWS,
+        .far_rows = FAR_ROWS,
         .x = (const char *)values,
         .x_stride = stride,
         .x_unit_bytes = 4,

@@ -22,7 +22,7 @@ static void multiply_chunk(struct block block, int64_t rows, const char *next) {
     /* The first cache waits for a dozen or two of lines at a time, which keeps memory no more than half busy, and a
      * chunk does not fit beside the rows of x. Where arithmetic takes longer, it is served best from there: a short
      * panel stays, and of a long one the lines that leave are in the second. */
-    block.near = rows > FAR_ROWS;
+    block.near = rows > product->far_rows;
     for (int64_t i = 0; i < blocks; i++) {
         const int64_t begin = rows * i / blocks, end = rows * (i + 1) / blocks;
         block.rows = end - begin;

@@ -21,7 +21,6 @@ enum {
     INT4_BUNDLE = 4,                /* groups of int4 that lie interleaved */
     TILE_ROWS = 96,                 /* at 4096 channels 768 KB of x: it stays in the second cache from panel to panel */
     SINGLE_AHEAD = 8192,            /* bytes, of a tile of one block; the least that keeps 66 GB/s busy */
-    FAR_ROWS = 20,                  /* up to so many rows, a tile of 8 or 16 bits takes memory longer than arithmetic */
     CHUNK_BYTES = 1024 * STEP_BYTES /* a chunk, and the one that is fetched ahead, stay in the second cache as well */
 };
 
@@ -49,6 +48,7 @@ struct product {
     void (*scale)(const struct product *product, int64_t panel, int64_t row, int64_t rows, float *sums);
     const void *args;               /* of the operation */
     int64_t block_rows;             /* rows that `multiply` takes at once */
+    int64_t far_rows;               /* up to so many rows, a tile takes memory longer than arithmetic */
     const char *x;
     int64_t x_stride;               /* bytes */
     int64_t x_unit_bytes;           /* of a row of x that meet one unit */
