@@ -1,11 +1,7 @@
-"""Compiles the kernels at first use and keeps the result. Owns the compiler, its flags and the cache; knows no kernel.
-
-The result is code that this process runs, so the cache is a folder that only this user can write, and a file in it is
-used only if it is whole and this user's own.
+"""Compiles the kernels at first use. Owns the compiler and its flags; knows no kernel, and that libraries are kept,
+not how.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -14,18 +10,18 @@ import re
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
+from engine.kernels.cpu import kept_libraries
 from engine.kernels.cpu.library import PORTABLE, SOURCE, Library
 from engine.machine import available_cores
 
@@ -33,22 +29,16 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
 """Of one process of the compiler."""
-WAIT_S = 300.0
-"""For another process that compiles, at most: one that is stopped must not keep all others from starting."""
-_POLL_S = 0.05
-NUM_KEPT = 32
-"""Libraries that stay in the cache. Not one: machines with other CPUs may share it, each with a version or two."""
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
+_FLAGS = ("-O3", "-std=gnu11", "-D_GNU_SOURCE", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
 _INT4_FILES = frozenset({"linear_int4.c", "linear_int4_int8.c"})
 _INT4_OPERATIONS = frozenset({"linear_int4", "gather_columns"})
 _LEVELS = {"attention_product.c": "-O2"}
 """Where the source says itself what to unroll: as fast as -O3, and compiled in two thirds of the time."""
-_DIGEST_BYTES = hashlib.sha256().digest_size
+_LONGEST = ("attention_product.c", "linear_int4.c", "linear_int4_int8.c", "linear_dense.c", "attention_write.c")
+"""By the time that they take; of the others the size tells it."""
+_COMMON_HEADER = "vector.h"
+"""What nearly every file begins with. The intrinsics behind it take longer to read than most files to compile."""
 _MESSAGE_CHARACTERS = 1000
-_KEPT_NAME = re.compile(r"[0-9a-f]{32}\.so")
-_ASIDE_NAME = re.compile(r"\.[0-9a-f]{32}\.so\.\d+\.\d+")
-_SETTLED_S = 3600.0
-"""Age of a file that nobody is still writing, or has just written and is about to load."""
 _OPENMP = re.compile(r"(/.*/lib(?:gomp|omp|iomp5)\b[^/]*\.so[^/]*)$", re.MULTILINE)
 
 
@@ -81,27 +71,27 @@ def compile_library(
     `int4` is whether products with int4 weights are wanted, which take a quarter of the time. Raises CompileError.
     """
     recipe = _recipe(march, source, int4=int4)
-    kept = (folder or _cache_folder()) / f"{recipe.key}.so"
-    if (library := _load_kept(kept, recipe.left_out)) is not None:
+    kept = (folder or kept_libraries.folder()) / f"{recipe.key}.so"
+    if (library := kept_libraries.load(kept, recipe.left_out)) is not None:
         return library
-    with _turn(kept.parent):
+    with kept_libraries.turn(kept.parent):
         # Another process may have compiled them in the meantime.
-        return _load_kept(kept, recipe.left_out) or _compile(recipe, kept)
+        return kept_libraries.load(kept, recipe.left_out) or _compile(recipe, kept)
 
 
 def _compile(recipe: "Recipe", kept: Path) -> Library:
     with tempfile.TemporaryDirectory(prefix="manta-kernels-") as made_in:
         began = time.monotonic()
         made = _build(recipe, Path(made_in))
-        is_kept = _keep(made, kept)
+        is_kept = kept_libraries.keep(made, kept)
         log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, kept if is_kept else made)
-        library = _load_kept(kept, recipe.left_out) if is_kept else None
+        library = kept_libraries.load(kept, recipe.left_out) if is_kept else None
         if library is None:
             library = _load(made, recipe.left_out)
             if is_kept:
                 log.warning("kernels cannot be loaded from %s, so every start compiles them again", kept.parent)
     if is_kept:
-        _remove_old(kept.parent)
+        kept_libraries.remove_old(kept.parent)
     return library
 
 
@@ -126,12 +116,24 @@ class Recipe:
     def files(self) -> list[Path]:
         """C files, those that take longest first."""
         files = (path for path in self.source.glob("*.c") if self.int4 or path.name not in _INT4_FILES)
-        return sorted(files, key=lambda path: -path.stat().st_size)
+        return sorted(files, key=lambda path: (*(path.name != name for name in _LONGEST), -path.stat().st_size))
 
-    def command(self, path: Path, target: Path) -> list[str]:
-        """Compiles one of the files."""
+    def command(self, path: Path, target: Path, header: Path | None = None) -> list[str]:
+        """Compiles one of the files, in front of which `header` stands."""
         levels = [_LEVELS[path.name]] if path.name in _LEVELS else []
-        return [*self.compiler, *self.flags, *levels, "-c", str(path), "-o", str(target)]
+        included = [] if header is None else ["-include", str(header)]
+        return [*self.compiler, *self.flags, *levels, *included, "-c", str(path), "-o", str(target)]
+
+    def header_command(self, header: Path) -> list[str]:
+        """Compiles a header, once for all files that are given it."""
+        return [*self.compiler, *self.flags, "-x", "c-header", str(header), "-o", f"{header}.gch"]
+
+    @cached_property
+    def common_header(self) -> Path | None:
+        """None where reading it each time is what works: clang refuses a header that it has compiled with any other
+        flag, where gcc reads it anew."""
+        header = self.source / _COMMON_HEADER
+        return header if "Free Software Foundation" in self.version and header.exists() else None
 
     @cached_property
     def key(self) -> str:
@@ -186,19 +188,45 @@ def _cpu() -> str:
 
 def _build(recipe: Recipe, folder: Path) -> Path:
     """Compiles each file in its own process, as many at once as there are cores, and links them."""
-
-    def compile_file(path: Path) -> str:
-        began = time.monotonic()
-        target = folder / f"{path.stem}.o"
-        _call(recipe.command(path, target))
-        log.debug("%s: %.2f s", path.name, time.monotonic() - began)
-        return str(target)
-
     with ThreadPoolExecutor(available_cores()) as pool:
-        objects = list(pool.map(compile_file, recipe.files))
+        # Begun before all that wait for it, so it never waits for a thread of the pool.
+        header = pool.submit(_compile_header, recipe, folder)
+        objects = list(pool.map(lambda path: _compile_file(recipe, path, folder, header), recipe.files))
     library = folder / "kernels.so"
     _call([*recipe.compiler, "-shared", *objects, str(recipe.openmp), "-lm", "-o", str(library)])
     return library
+
+
+def _compile_header(recipe: Recipe, folder: Path) -> Path | None:
+    """What to include in front of a file; None where nothing is gained by it."""
+    if recipe.common_header is None:
+        return None
+    began = time.monotonic()
+    header = folder / recipe.common_header.name
+    header.write_text(f'#include "{recipe.common_header}"\n')
+    try:
+        _call(recipe.header_command(header))
+    except CompileError as error:
+        log.debug("%s is not compiled ahead: %s", header.name, error)
+        return None
+    log.debug("%s: %.2f s", header.name, time.monotonic() - began)
+    return header
+
+
+def _compile_file(recipe: Recipe, path: Path, folder: Path, header: Future[Path | None]) -> str:
+    # With another level of optimization a compiled header does not serve, so there is nothing to wait for.
+    included = None if path.name in _LEVELS else header.result()
+    began = time.monotonic()
+    target = folder / f"{path.stem}.o"
+    try:
+        _call(recipe.command(path, target, included))
+    except CompileError:
+        if included is None:
+            raise
+        # Some systems cannot map it where the compiler wants it.
+        _call(recipe.command(path, target))
+    log.debug("%s: %.2f s", path.name, time.monotonic() - began)
+    return str(target)
 
 
 def _call(command: Sequence[str]) -> str:
@@ -226,154 +254,6 @@ def _call(command: Sequence[str]) -> str:
         message = output.strip()[-_MESSAGE_CHARACTERS:]
         raise CompileError(f"{shlex.join(command)} failed with status {process.returncode}: {message or 'no message'}")
     return output
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("MANTA_CACHE"):
-        return Path(chosen) / "kernels"
-    if chosen := os.environ.get("XDG_CACHE_HOME"):
-        return Path(chosen) / "manta" / "kernels"
-    try:
-        return Path.home() / ".cache" / "manta" / "kernels"
-    except RuntimeError:  # a container's user without a home
-        return Path(tempfile.gettempdir()) / f"manta-kernels-{os.geteuid()}"
-
-
-def _is_ours(status: os.stat_result) -> bool:
-    """Whether nobody but this user can have written what is there."""
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _is_our_folder(path: Path) -> bool:
-    """A link is none: where /tmp is shared, others may have put it there and change where it leads."""
-    status = path.lstat()
-    return stat.S_ISDIR(status.st_mode) and _is_ours(status)
-
-
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Processes that share the cache compile one after the other; what the first has compiled the others load.
-
-    The system ends a turn with its process. Without one goes who cannot have a turn here, or has waited for `WAIT_S`.
-    """
-    lock = None
-    with contextlib.suppress(OSError):
-        _make_folder(folder)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if lock is None:
-        yield
-        return
-    try:
-        _wait_for(lock)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _wait_for(lock: int) -> None:
-    until = time.monotonic() + WAIT_S
-    is_said = False
-    while time.monotonic() < until:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not is_said:
-                log.info("waiting for another process that compiles kernels")
-                is_said = True
-            time.sleep(_POLL_S)
-        except OSError:  # a file system without locks
-            return
-        else:
-            return
-    log.warning("another process has been compiling kernels for %.0f s; this one compiles its own", WAIT_S)
-
-
-def _load_kept(path: Path, left_out: frozenset[str]) -> Library | None:
-    """The library of an earlier compilation; None where it is missing, damaged or not ours, and to be made anew."""
-    try:
-        if not _is_our_folder(path.parent):
-            return None
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    if not (_is_ours(os.fstat(file)) and _is_whole(file)):
-        os.close(file)
-        return None
-    # From here on it stays open: its number is a part of the name by which the loader tells libraries apart.
-    try:
-        library = _load(_opened(file, path), left_out)
-    except CompileError:
-        return None
-    with contextlib.suppress(OSError):  # The time of the last use, which tells what to keep.
-        os.utime(file)
-    return library
-
-
-def _is_whole(file: int) -> bool:
-    """A damaged file could be loaded and crash later, so its digest is kept behind the part that the loader reads."""
-    with open(file, "rb", closefd=False) as reader:
-        content = reader.read()
-    return hashlib.sha256(content[:-_DIGEST_BYTES]).digest() == content[-_DIGEST_BYTES:]
-
-
-def _opened(file: int, path: Path) -> Path:
-    """A name of the very file that is open, whatever has been put in its place since."""
-    name = Path(f"/proc/self/fd/{file}")
-    return name if name.exists() else path
-
-
-def _make_folder(folder: Path) -> None:
-    """Raises PermissionError where it is not this user's alone."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_our_folder(folder):
-        raise PermissionError(
-            f"others than this user can write to {folder}, or it is a link; it should be a folder of this user's, with "
-            "mode 700"
-        )
-
-
-def _keep(made: Path, kept: Path) -> bool:
-    """Puts the library into the cache in one step, if it can."""
-    content = made.read_bytes()
-    aside = kept.with_name(f".{kept.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        _make_folder(kept.parent)
-        aside.write_bytes(content + hashlib.sha256(content).digest())
-        aside.chmod(0o600)
-        aside.replace(kept)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        log.warning("the compiled kernels cannot be kept, so every start compiles them again: %s", error)
-        return False
-    return True
-
-
-def _remove_old(folder: Path) -> None:
-    """Leaves the `NUM_KEPT` libraries that were used last, and nothing that an interrupted compilation has left.
-
-    Harmless to other processes: what they have loaded stays until they end, and what they miss they compile again.
-    """
-    used: list[tuple[float, Path]] = []
-    settled = time.time() - _SETTLED_S
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            last = _last_use(path)
-            if _KEPT_NAME.fullmatch(path.name):
-                used.append((last, path))
-            elif _ASIDE_NAME.fullmatch(path.name) and last < settled:
-                path.unlink(missing_ok=True)
-        for last, path in sorted(used, reverse=True)[NUM_KEPT:]:
-            if last < settled:
-                path.unlink(missing_ok=True)
-
-
-def _last_use(path: Path) -> float:
-    """Seconds since the epoch; 0 for a file that another process has removed."""
-    try:
-        return path.lstat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def _load(path: Path, left_out: frozenset[str]) -> Library:

@@ -1,5 +1,4 @@
 /* Sums over ranks through shared memory. See ranks.h. */
-#define _GNU_SOURCE
 #include "ranks.h"
 
 #include <string.h>

@@ -1,5 +1,4 @@
 /* Threads from the OpenMP runtime, a barrier of our own. See team.h. */
-#define _GNU_SOURCE
 #include "team.h"
 
 #include <errno.h>

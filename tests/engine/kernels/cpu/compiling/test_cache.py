@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.kernels.cpu import compiler
+from engine.kernels.cpu import kept_libraries
 from engine.kernels.cpu.compiler import CompileError, compile_library
 from engine.kernels.cpu.library import Library, argument_types
 from tests.engine.kernels.cpu.compiling.folders import compilations, only_file
@@ -94,7 +94,7 @@ def test_a_cache_that_nothing_can_be_run_from_costs_each_start_a_compilation(
             raise OSError("failed to map segment from shared object")
         return Library(path, left_out)
 
-    monkeypatch.setattr(compiler, "Library", load)
+    monkeypatch.setattr(kept_libraries, "Library", load)
     for started in (1, 2):
         assert compile_library(source=source).operations.keys() == argument_types().keys()
         assert compilations(calls) == 2 * started
@@ -126,7 +126,7 @@ def test_what_was_checked_is_what_is_loaded(source: Path, folder: Path, monkeypa
     """Even if another file takes its place in between."""
     compile_library(source=source)
     path = only_file(folder)
-    check = compiler._is_whole
+    check = kept_libraries._is_whole
 
     def check_and_replace(file: int) -> bool:
         is_whole = check(file)
@@ -134,8 +134,8 @@ def test_what_was_checked_is_what_is_loaded(source: Path, folder: Path, monkeypa
         path.write_bytes(b"something else")
         return is_whole
 
-    monkeypatch.setattr(compiler, "_is_whole", check_and_replace)
-    library = compiler._load_kept(path, frozenset())
+    monkeypatch.setattr(kept_libraries, "_is_whole", check_and_replace)
+    library = kept_libraries.load(path, frozenset())
     assert library is not None and library.instruction_set == "AVX2"
 
 
@@ -175,8 +175,8 @@ def change(source: Path, what: str) -> None:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> int:
     """A small number of libraries that are kept."""
-    monkeypatch.setattr(compiler, "NUM_KEPT", 3)
-    return compiler.NUM_KEPT
+    monkeypatch.setattr(kept_libraries, "NUM_KEPT", 3)
+    return kept_libraries.NUM_KEPT
 
 
 def test_only_the_libraries_used_last_are_kept(source: Path, folder: Path, kept: int) -> None:
@@ -242,4 +242,4 @@ def test_processes_that_clear_the_cache_together_all_start(source: Path, folder:
     commands = [[sys.executable, "-c", code, str(source), march] for march in marches]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     assert {process.communicate()[0].strip() for process in started} == {str(len(argument_types()))}
-    assert len(list(folder.iterdir())) == compiler.NUM_KEPT
+    assert len(list(folder.iterdir())) == kept_libraries.NUM_KEPT

@@ -15,7 +15,7 @@ import pytest
 
 from engine.build import build_engine
 from engine.config import EngineConfig, KVConfig
-from engine.kernels.cpu import compiler
+from engine.kernels.cpu import compiler, kept_libraries
 from engine.kernels.cpu.compiler import CompileError, compile_library, load_library
 from engine.kernels.cpu.library import SOURCE, Library, argument_types
 from engine.sampling_params import SamplingParams
@@ -173,7 +173,7 @@ def test_who_is_killed_while_compiling_holds_up_nobody(source: Path, holder: sub
 def test_who_is_stopped_while_compiling_holds_up_nobody_for_long(
     source: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compiler, "WAIT_S", 0.3)
+    monkeypatch.setattr(kept_libraries, "WAIT_S", 0.3)
     assert compile_library(source=source).operations.keys() == argument_types().keys()
     assert "this one compiles its own" in caplog.text
 
@@ -204,6 +204,41 @@ def test_the_name_is_that_of_what_was_compiled_for(march: str, name: str, source
         '#include "vector.h"\nvoid run_program(void) {}\nconst char *instruction_set(void) { return VECTOR_NAME; }\n'
     )
     assert compile_library(march, source=source).instruction_set == name
+
+
+@pytest.fixture
+def with_header(source: Path) -> Path:
+    """Its common header has a function that each of two files calls."""
+    (source / "vector.h").write_text("#ifndef H\n#define H\nstatic inline int two(void) { return 2; }\n#endif\n")
+    for file in source.glob("*.c"):
+        call = f"int {file.stem}_calls(void) {{ return two(); }}\n"
+        file.write_text(f'#include "vector.h"\n{call}{file.read_text()}')
+    return source
+
+
+def is_gcc() -> bool:
+    if shutil.which("cc") is None:
+        return False
+    version = subprocess.run(["cc", "--version"], capture_output=True, text=True, check=True).stdout
+    return "Free Software Foundation" in version
+
+
+@pytest.mark.skipif(not is_gcc(), reason="clang reads the header in each file")
+def test_what_files_begin_with_is_compiled_once_for_all_of_them(with_header: Path, calls: Path) -> None:
+    assert compile_library(source=with_header).function("kernels_calls")() == 2
+    headers = [line for line in calls.read_text().splitlines() if "-x c-header" in line]
+    assert len(headers) == 1 and headers[0].endswith("/vector.h.gch")
+    files = [line for line in calls.read_text().splitlines() if " -c " in line]
+    assert len(files) == 2 and all("/vector.h -c " in line for line in files)
+
+
+@pytest.mark.parametrize("refused", ["c-header", "-include"])
+def test_without_a_compiled_header_there_are_kernels_all_the_same(
+    refused: str, with_header: Path, calls: Path, tmp_path: Path
+) -> None:
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(wrapper.read_text().replace("exec cc", f'case "$*" in *"{refused}"*) exit 1;; esac\nexec cc'))
+    assert compile_library(source=with_header).function("kernels_calls")() == 2
 
 
 def test_two_processes_that_start_together_both_get_the_library(source: Path, folder: Path) -> None:
