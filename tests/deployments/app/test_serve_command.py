@@ -192,7 +192,18 @@ def test_the_built_in_model_ends_at_one_gateway_what_it_began_at_another() -> No
             if client.connections > 1:
                 # What is kept of it was generated in part again, from the seed that was drawn at first.
                 again = httpx.get(f"{url}/v1/streams/{client.ids[0].partition(':')[0]}", timeout=60).text.splitlines()
-                assert [CREATED.sub("", line[6:]) for line in again if line.startswith("data: ")] == client.data
+                kept = [CREATED.sub("", line[6:]) for line in again if line.startswith("data: ")]
+                assert list(map(without_logprobs, kept)) == list(map(without_logprobs, client.data))
+
+
+def without_logprobs(event: str) -> object:
+    """They may differ by rounding in what was generated again: other sequences were in its steps."""
+    if event == "[DONE]":
+        return event
+    chunk = json.loads(event)
+    for choice in chunk["choices"]:
+        choice.pop("logprobs", None)
+    return chunk
 
 
 def text_of(client: Client) -> list[tuple[str | None, str | None, int | None]]:
