@@ -106,7 +106,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _cache_folder() -> Path:
-    """As for compiled kernels (`engine.kernels.cpu.compiler`); without a home there is none, and nothing is kept."""
+    """As `engine.kernels.cpu.kept_libraries` has them; without a home there is none, and nothing is kept."""
     for variable, inside in (("MANTA_CACHE", "checksums"), ("XDG_CACHE_HOME", "manta/checksums")):
         if chosen := os.environ.get(variable):
             return Path(chosen) / inside

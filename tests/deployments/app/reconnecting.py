@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import pytest
 
 SILENCE_S = 4.0
 """After which it gives a connection up."""
@@ -59,3 +61,35 @@ class Client:
                     self.ids.append(event_id)
                     # The second in which it was asked for differs from one time to the next.
                     self.data.append(CREATED.sub("", line[6:]))
+
+
+def text_of(client: Client) -> list[tuple[str | None, str | None, int | None]]:
+    """Text, end and completion tokens of each choice; logprobs are left out, for they may differ by rounding."""
+    found: dict[int, list[str]] = {}
+    ends: dict[int, str] = {}
+    usage = None
+    for chunk in map(json.loads, client.data[:-1]):
+        usage = (chunk.get("usage") or {}).get("completion_tokens", usage)
+        for choice in chunk["choices"]:
+            found.setdefault(choice["index"], []).append(choice["delta"].get("content") or "")
+            ends[choice["index"]] = choice["finish_reason"] or ends.get(choice["index"], "")
+    assert client.data[-1] == "[DONE]"
+    return [("".join(parts), ends[index], usage) for index, parts in sorted(found.items())]
+
+
+def exact(event: str) -> tuple[dict[str, Any], list[Any]]:
+    """A chunk without its logprobs, and those by themselves: of each token its own, and the best in order."""
+    chunk = json.loads(event)
+    tokens = [token for choice in chunk["choices"] for token in (choice.pop("logprobs", None) or {}).get("content", [])]
+    return chunk, [
+        (token["token"], token["logprob"], *(best["logprob"] for best in token["top_logprobs"])) for token in tokens
+    ]
+
+
+def rounded(event: str) -> tuple[dict[str, Any], list[Any]]:
+    """As `exact`, of what may have been generated again: other sequences were in its steps, which rounds otherwise.
+
+    Which of two tokens that are equally likely is named second may differ as well, but not how likely it is.
+    """
+    chunk, tokens = exact(event)
+    return chunk, [(token, *(pytest.approx(value, abs=0.1) for value in values)) for token, *values in tokens]

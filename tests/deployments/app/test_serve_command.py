@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cluster.ports import free_ports
 from tests.compiled import compiled_library
 from tests.deployments.app.processes import below
-from tests.deployments.app.reconnecting import CREATED, Client
+from tests.deployments.app.reconnecting import CREATED, Client, exact, rounded, text_of
 from tests.deployments.fakes import write_fake_model
 
 COMMAND = [sys.executable, "-m", "deployments.cli.main", "serve"]
@@ -193,31 +193,11 @@ def test_the_built_in_model_ends_at_one_gateway_what_it_began_at_another() -> No
                 # What is kept of it was generated in part again, from the seed that was drawn at first.
                 again = httpx.get(f"{url}/v1/streams/{client.ids[0].partition(':')[0]}", timeout=60).text.splitlines()
                 kept = [CREATED.sub("", line[6:]) for line in again if line.startswith("data: ")]
-                assert list(map(without_logprobs, kept)) == list(map(without_logprobs, client.data))
-
-
-def without_logprobs(event: str) -> object:
-    """They may differ by rounding in what was generated again: other sequences were in its steps."""
-    if event == "[DONE]":
-        return event
-    chunk = json.loads(event)
-    for choice in chunk["choices"]:
-        choice.pop("logprobs", None)
-    return chunk
-
-
-def text_of(client: Client) -> list[tuple[str | None, str | None, int | None]]:
-    """Text, end and completion tokens of each choice; logprobs are left out, for they may differ by rounding."""
-    found: dict[int, list[str]] = {}
-    ends: dict[int, str] = {}
-    usage = None
-    for chunk in map(json.loads, client.data[:-1]):
-        usage = (chunk.get("usage") or {}).get("completion_tokens", usage)
-        for choice in chunk["choices"]:
-            found.setdefault(choice["index"], []).append(choice["delta"].get("content") or "")
-            ends[choice["index"]] = choice["finish_reason"] or ends.get(choice["index"], "")
-    assert client.data[-1] == "[DONE]"
-    return [("".join(parts), ends[index], usage) for index, parts in sorted(found.items())]
+                if client.name.startswith("logprobs"):
+                    assert kept[-1] == client.data[-1]
+                    assert list(map(rounded, kept[:-1])) == list(map(exact, client.data[:-1]))
+                else:
+                    assert kept == client.data
 
 
 def test_the_built_in_model_answers_in_english_on_two_replicas_and_stops_by_itself() -> None:
