@@ -24,8 +24,8 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.models import SHAPES, WEIGHT_STD, Shape
 from engine.forward import Forward
-from engine.kernels import AttentionLayout, Wanted
 from engine.kernels.cuda.backend import PAGE_TOKENS, SPARE_PAGES, CudaBackend
+from engine.kernels.operators import AttentionLayout, Wanted
 from engine.kv.cache import PagedKVCache, kv_bytes_per_token
 from engine.models.decoder import Decoder
 from engine.models.spec import ModelSpec, RopeSpec

@@ -29,9 +29,9 @@ from engine.batch import Batch, SampleRow, Samples, StepOutput
 from engine.config import SchedulerConfig
 from engine.engine import Engine
 from engine.executor import LocalExecutor
-from engine.kernels import AttentionLayout, Wanted
 from engine.kernels.cpu.compiler import load_library
 from engine.kernels.cpu.vocabulary import CpuReductions
+from engine.kernels.operators import AttentionLayout, Wanted
 from engine.kv.pages import PagePool
 from engine.limits import Limits
 from engine.runner import Runner

@@ -22,6 +22,7 @@ from deployments.links import FrameStreams
 from deployments.logs import configure_logging
 from deployments.messages import Abort, Accepted, Attach, Describe, Described, Frame, ModelCard, Submit, Unavailable
 from deployments.metrics_push import MetricsPusher
+from engine.ahead import begin_compiling
 from engine.config import EngineConfig
 from engine.errors import InvalidRequest, ModelError
 from engine.models.identity import model_identity
@@ -62,6 +63,7 @@ EngineFactory = Callable[[EngineConfig, FindHost | None], ServedEngine]
 
 def load_engine(config: EngineConfig, find_host: FindHost | None) -> ServedEngine:
     """Builds the real engine. torch is imported here, in the engine's thread, not by whoever imports this module."""
+    begin_compiling(config)
     from cluster.kv.client import Bandwidth, TierClient
     from engine.build import build_engine
     from engine.kv.tier import PageMemory, Tier

@@ -13,6 +13,7 @@ from cluster.kv_host import host_finder
 from cluster.shard import LoadedRank, RankLoader
 from cluster.shard_engine import build_sharded_engine
 from deployments.logs import configure_logging
+from engine.ahead import begin_compiling
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.kv.tier import PageMemory, Tier
@@ -21,6 +22,7 @@ from engine.parallel.place import Place
 
 def load_rank(config: EngineConfig, place: Place, rendezvous: str) -> LoadedRank:
     """The real rank; see `cluster.shard.RankLoader`."""
+    begin_compiling(config)
     from engine.parallel.rank import load_rank
 
     return load_rank(config, place, rendezvous)

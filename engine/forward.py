@@ -9,11 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionLayout, Operators, RanksSum, ReferenceOperators, Wanted
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import CpuOperators
 from engine.kernels.cpu.program import Program, Recorder, StepArrays
 from engine.kernels.cpu.ranks import CpuRanks
+from engine.kernels.operators import AttentionLayout, Operators, RanksSum, Wanted
+from engine.kernels.reference import ReferenceOperators
 from engine.kv.cache import KVLayout, PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.rope import Rope

@@ -21,7 +21,6 @@ from engine.models.identity import model_identity
 from engine.models.loader import load_parameters
 from engine.parallel.group import TensorGroup
 from engine.parallel.place import Place
-from engine.quant.config import has_int4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,11 +78,6 @@ def load(
     facts = (kv_dtype, backend.kv_layout, device.page_tokens, loaded.dtype, backend.name, loaded.num_bytes)
     namespace = _namespace(config, path, place, *map(str, facts))
     return ReadyModel(device, backend, decoder, kv_dtype, loaded.num_bytes, namespace)
-
-
-def needs_int4(config: EngineConfig, path: Path) -> bool:
-    """Whether any weights are of 4 bits."""
-    return has_int4(find_quantization(path), config.quantization)
 
 
 def _kv_dtype(config: EngineConfig, path: Path, device: Device, dtype: torch.dtype) -> torch.dtype:

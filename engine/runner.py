@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.batch import Batch, PromptLogprobRow, Samples, StepOutput, StepStats, TokenLogprob
 from engine.forward import Forward
-from engine.kernels import AttentionLayout, Wanted
+from engine.kernels.operators import AttentionLayout, Wanted
 from engine.sampler import Drawn
 
 LOGPROB_ROWS = 128

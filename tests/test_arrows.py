@@ -35,6 +35,7 @@ TENSOR_FREE = (
     "engine.kv.tier",
     "engine.kv.costs",
     "engine.config",
+    "engine.ahead",
 )
 FOREIGN_TO_ENGINE = {"ray", "fastapi", "starlette", "prometheus_client"}
 

@@ -267,6 +267,10 @@ def build_generator(config: "EngineConfig") -> "OfflineGenerator":
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("engine").setLevel(logging.INFO)
 
+    from engine.ahead import begin_compiling
+
+    begin_compiling(config)
+
     from deployments.offline import OfflineGenerator
     from deployments.text import TextModel
     from engine.build import build_engine

@@ -11,7 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.kernels import AttentionLayout, Embedding, Linear, Operators, QKNorm, Routing, StepAttention, Wanted
+from engine.kernels.operators import (
+    AttentionLayout,
+    Embedding,
+    Linear,
+    Operators,
+    QKNorm,
+    Routing,
+    StepAttention,
+    Wanted,
+)
 from engine.kv.cache import PagedKVCache
 from engine.models.mlp import MLP, DenseMLP, MixtureMLP
 from engine.models.spec import Activation, ExpertsSpec, LearnedPositions

@@ -11,7 +11,8 @@ import torch
 
 from engine.config import Auto, DType
 from engine.errors import ModelError
-from engine.kernels import Operators, ReferenceOperators
+from engine.kernels.operators import Operators
+from engine.kernels.reference import ReferenceOperators
 from engine.models.decoder import Decoder
 from engine.models.directory import (
     CONFIG,

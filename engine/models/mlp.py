@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from engine.kernels import Experts, Linear, Operators
+from engine.kernels.operators import Experts, Linear, Operators
 from engine.models.spec import Activation
 
 MLP = Callable[[Tensor], Tensor]

@@ -16,13 +16,13 @@ from engine.config import EngineConfig
 from engine.devices import choose_device
 from engine.forward import Forward
 from engine.kv.tier import PageMemory
-from engine.models.directory import load_eos_token_ids
+from engine.models.directory import load_eos_token_ids, needs_int4
 from engine.models.source import resolve_model
 from engine.parallel.group import Link, TensorGroup
 from engine.parallel.meeting import LOADING_TIMEOUT, Meeting
 from engine.parallel.place import Place, RankFacts
 from engine.parallel.sampler import RanksSampler
-from engine.ready import load, needs_int4
+from engine.ready import load
 from engine.runner import Draws, Receive, Runner, inputs_of, layout_of
 
 __all__ = ["LoadedRank", "Place", "RankFacts", "RankRunner", "load_rank"]
@@ -99,7 +99,7 @@ class LoadedRank:
     def __init__(self, config: EngineConfig, path: Path, meeting: Meeting) -> None:
         self._meeting = meeting
         self._place = meeting.place
-        self._device = choose_device(config, int4=needs_int4(config, path), share=meeting.share)
+        self._device = choose_device(config, int4=needs_int4(path, config.quantization), share=meeting.share)
         self._torch_device = torch.device(self._device.name)
         self._group = self._join()
         self._ready = load(config, path, self._device, self._place, self._group)

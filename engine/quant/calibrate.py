@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from engine.forward import EagerForward
-from engine.kernels import Linear, ReferenceOperators
+from engine.kernels.operators import Linear
+from engine.kernels.reference import ReferenceOperators
 from engine.kv.cache import PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.loader import load_parameters

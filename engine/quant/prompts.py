@@ -11,8 +11,8 @@ from torch import Tensor
 from engine.config import Activations, Auto, DType
 from engine.errors import ModelError
 from engine.forward import Backend, CpuBackend, Forward, ReferenceBackend
-from engine.kernels import AttentionLayout
 from engine.kernels.cpu.compiler import load_library
+from engine.kernels.operators import AttentionLayout
 from engine.kv.cache import PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.loader import load_parameters

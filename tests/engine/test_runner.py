@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine import runner as runner_module
 from engine.batch import Batch, PromptLogprobRow, SampleRow, Samples
 from engine.forward import opened_pages
-from engine.kernels import AttentionLayout, Wanted
+from engine.kernels.operators import AttentionLayout, Wanted
 from engine.runner import Runner, layout_of, slots, wanted_begins, wanted_of
 from engine.sampler import Sampler
 from tests.engine.models.harness import (

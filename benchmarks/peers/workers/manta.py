@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import engine as _spinning  # noqa: F401  Bounds the spinning of threads; has to come before torch.
-from engine.build import assemble
+from engine.ahead import begin_compiling
 from engine.config import EngineConfig, KVConfig, Quantization, SchedulerConfig
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
@@ -27,6 +27,10 @@ class Manta:
             kv=KVConfig(memory=load.kv_bytes, prefix_caching=False),
             scheduler=SchedulerConfig(max_stall_s=None),
         )
+        begin_compiling(config)
+        # Not before, as it imports torch.
+        from engine.build import assemble
+
         assembly = assemble(config)
         self._engine = assembly.engine
         # Weights that are not quantized are what the file holds, and the other engines are measured by their files.

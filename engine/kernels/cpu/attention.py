@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu.library import DTYPES
+from engine.kernels.cpu.dtypes import DTYPES
 from engine.kernels.cpu.program import StepArrays, Target
 from engine.kernels.operators import AttentionLayout, QKNorm
 from engine.kv.cache import WORD_TOKENS, KVPages

@@ -1,8 +1,11 @@
 """Compiles the kernels at first use. Owns the compiler and its flags; knows no kernel, and that libraries are kept,
 not how.
+
+Importing it imports no torch, so that `compile_ahead` can begin before torch is there.
 """
 
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -18,8 +21,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-
-import torch
 
 from engine.kernels.cpu import kept_libraries
 from engine.kernels.cpu.library import PORTABLE, SOURCE, Library
@@ -70,29 +71,54 @@ def compile_library(
 
     `int4` is whether products with int4 weights are wanted, which take a quarter of the time. Raises CompileError.
     """
-    recipe = _recipe(march, source, int4=int4)
+    recipe = _recipe(march, source, _loaded_openmp(), int4=int4)
     kept = (folder or kept_libraries.folder()) / f"{recipe.key}.so"
     if (library := kept_libraries.load(kept, recipe.left_out)) is not None:
         return library
     with kept_libraries.turn(kept.parent):
-        # Another process may have compiled them in the meantime.
+        # Somebody else may have compiled them in the meantime.
         return kept_libraries.load(kept, recipe.left_out) or _compile(recipe, kept)
+
+
+def compile_ahead(*, int4: bool = True, folder: Path | None = None, source: Path = SOURCE) -> None:
+    """Puts what `compile_library` would compile for this machine into the cache, if it is missing there.
+
+    For the time in which torch is imported. Whoever wants the library meanwhile waits for its turn and then finds it.
+    Nothing is compiled where it could not be kept, or where torch's folder does not tell which OpenMP runtime torch is
+    going to load. Raises CompileError.
+    """
+    if (openmp := _bundled_openmp()) is None:
+        return
+    recipe = _recipe("native", source, openmp, int4=int4)
+    kept = (folder or kept_libraries.folder()) / f"{recipe.key}.so"
+    if kept_libraries.has(kept):
+        return
+    with kept_libraries.turn(kept.parent) as is_writable:
+        if is_writable and not kept_libraries.has(kept):
+            with tempfile.TemporaryDirectory(prefix="manta-kernels-") as made_in:
+                _make(recipe, kept, Path(made_in))
 
 
 def _compile(recipe: "Recipe", kept: Path) -> Library:
     with tempfile.TemporaryDirectory(prefix="manta-kernels-") as made_in:
-        began = time.monotonic()
-        made = _build(recipe, Path(made_in))
-        is_kept = kept_libraries.keep(made, kept)
-        log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, kept if is_kept else made)
+        made, is_kept = _make(recipe, kept, Path(made_in))
         library = kept_libraries.load(kept, recipe.left_out) if is_kept else None
         if library is None:
             library = _load(made, recipe.left_out)
             if is_kept:
                 log.warning("kernels cannot be loaded from %s, so every start compiles them again", kept.parent)
+    return library
+
+
+def _make(recipe: "Recipe", kept: Path, made_in: Path) -> tuple[Path, bool]:
+    """Returns the library, and whether it is also in the cache."""
+    began = time.monotonic()
+    made = _build(recipe, made_in)
+    is_kept = kept_libraries.keep(made, kept)
+    log.info("compiled the kernels in %.1f s: %s", time.monotonic() - began, kept if is_kept else made)
     if is_kept:
         kept_libraries.remove_old(kept.parent)
-    return library
+    return made, is_kept
 
 
 @dataclass(frozen=True)
@@ -145,13 +171,13 @@ class Recipe:
         return digest.hexdigest()[:32]
 
 
-def _recipe(march: str, source: Path, *, int4: bool) -> Recipe:
+def _recipe(march: str, source: Path, openmp: Path, *, int4: bool) -> Recipe:
     compiler = _find_compiler()
     version = _call([*compiler, "--version"])
     # On Arm, clang takes the name of a CPU but not of an instruction set as "native"; gcc takes both.
     arm = platform.machine() in ("aarch64", "arm64")
     flags = (*_FLAGS, f"-{'mcpu' if arm else 'march'}={march}")
-    return Recipe(compiler, version, flags, _openmp_runtime(), _cpu(), source, int4)
+    return Recipe(compiler, version, flags, openmp, _cpu(), source, int4)
 
 
 def _find_compiler() -> tuple[str, ...]:
@@ -163,8 +189,10 @@ def _find_compiler() -> tuple[str, ...]:
     raise CompileError("no C compiler: $CC is not set, and neither cc, gcc nor clang is on the PATH")
 
 
-def _openmp_runtime() -> Path:
+def _loaded_openmp() -> Path:
     """The runtime that torch has loaded: with another one, this process would have two pools of threads."""
+    import torch  # noqa: F401  Loads it, if nobody has imported it yet.
+
     try:
         loaded = _OPENMP.findall(Path("/proc/self/maps").read_text())
     except OSError as error:
@@ -172,8 +200,23 @@ def _openmp_runtime() -> Path:
     if not loaded:
         raise CompileError("torch has loaded no OpenMP runtime to share (libgomp, libomp or libiomp5)")
     # Other packages may have loaded theirs; torch's wheels bring their own.
-    home = str(Path(torch.__file__).resolve().parent)
+    home = str(_torch_folder())
     return Path(min(loaded, key=lambda path: not path.startswith(home)))
+
+
+def _bundled_openmp() -> Path | None:
+    """The runtime that torch will load, if it has brought one."""
+    home = _torch_folder()
+    files = [path for folder in (home / "lib", home.with_name("torch.libs")) for path in folder.glob("lib*.so*")]
+    bundled = {path.resolve() for path in files if _OPENMP.match(str(path))}
+    return bundled.pop() if len(bundled) == 1 else None
+
+
+def _torch_folder() -> Path:
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        raise CompileError("torch, whose OpenMP runtime the kernels share, is not installed")
+    return Path(found.origin).resolve().parent
 
 
 def _cpu() -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu.library import DTYPES
+from engine.kernels.cpu.dtypes import DTYPES
 from engine.kernels.cpu.linear import PackedLinear
 from engine.kernels.cpu.program import StepArrays, Target
 from engine.kernels.operators import Routing

@@ -55,21 +55,22 @@ def _is_our_folder(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def turn(folder: Path) -> Iterator[None]:
-    """Processes that share the cache compile one after the other; what the first has compiled the others load.
+def turn(folder: Path) -> Iterator[bool]:
+    """All that share the cache compile one after the other; what the first has compiled the others load.
 
     The system ends a turn with its process. Without one goes who cannot have a turn here, or has waited for `WAIT_S`.
+    Yields whether the cache looks like one that can be written.
     """
     lock = None
     with contextlib.suppress(OSError):
         _make_folder(folder)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     if lock is None:
-        yield
+        yield False
         return
     try:
         _wait_for(lock)
-        yield
+        yield os.access(folder, os.W_OK)
     finally:
         os.close(lock)
 
@@ -82,28 +83,30 @@ def _wait_for(lock: int) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not is_said:
-                log.info("waiting for another process that compiles kernels")
+                log.info("waiting for kernels that are being compiled already")
                 is_said = True
             time.sleep(_POLL_S)
         except OSError:  # a file system without locks
             return
         else:
             return
-    log.warning("another process has been compiling kernels for %.0f s; this one compiles its own", WAIT_S)
+    log.warning("kernels have been compiled elsewhere for %.0f s; this process compiles its own", WAIT_S)
+
+
+def has(path: Path) -> bool:
+    """Whether there is a library that is whole and ours."""
+    file = _open(path)
+    if file is not None:
+        os.close(file)
+    return file is not None
 
 
 def load(path: Path, left_out: frozenset[str]) -> Library | None:
     """The library of an earlier compilation; None where it is missing, damaged or not ours, and to be made anew."""
-    try:
-        if not _is_our_folder(path.parent):
-            return None
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    # It stays open: its number is a part of the name by which the loader tells libraries apart.
+    file = _open(path)
+    if file is None:
         return None
-    if not (_is_ours(os.fstat(file)) and _is_whole(file)):
-        os.close(file)
-        return None
-    # From here on it stays open: its number is a part of the name by which the loader tells libraries apart.
     try:
         library = Library(_opened(file, path), left_out)
     except (OSError, AttributeError):
@@ -111,6 +114,19 @@ def load(path: Path, left_out: frozenset[str]) -> Library | None:
     with contextlib.suppress(OSError):  # The time of the last use, which tells what to keep.
         os.utime(file)
     return library
+
+
+def _open(path: Path) -> int | None:
+    try:
+        if not _is_our_folder(path.parent):
+            return None
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if _is_ours(os.fstat(file)) and _is_whole(file):
+        return file
+    os.close(file)
+    return None
 
 
 def _is_whole(file: int) -> bool:

@@ -12,13 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.models.spec import Activation
 
 SOURCE = Path(__file__).parent / "source"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""Dtypes that the kernels compute on, as `enum dtype` of step.h."""
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 PORTABLE = "portable C"
 """The `instruction_set` where vector.h has no instructions of the machine to choose."""

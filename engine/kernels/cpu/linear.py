@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from engine.kernels.cpu.library import ACTIVATIONS, DTYPES, NO_ACTIVATION
+from engine.kernels.cpu.dtypes import DTYPES
+from engine.kernels.cpu.library import ACTIVATIONS, NO_ACTIVATION
 from engine.kernels.cpu.program import Field, StepArrays, Target
 from engine.kernels.operators import Embedding
 from engine.memory import reserve

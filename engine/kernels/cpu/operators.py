@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.attention import HEAD_DIM_STEP, LARGEST_HEAD_DIM, CpuAttention
+from engine.kernels.cpu.dtypes import DTYPES
 from engine.kernels.cpu.experts import CpuExperts
-from engine.kernels.cpu.library import ACTIVATIONS, DTYPES
+from engine.kernels.cpu.library import ACTIVATIONS
 from engine.kernels.cpu.linear import PackedLinear, pack_experts, pack_linear
 from engine.kernels.cpu.program import Field, StepArrays, Target
 from engine.kernels.cpu.ranks import CpuRanks

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import RanksLost
-from engine.kernels.cpu.library import DTYPES, SOURCE, Library
+from engine.kernels.cpu.dtypes import DTYPES
+from engine.kernels.cpu.library import SOURCE, Library
 from engine.kernels.cpu.program import Immediate, StepArrays, Target
 from engine.kernels.operators import RanksSum
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.forward import cos_sin, finish, make_rope, opened_pages
-from engine.kernels import AttentionLayout, Wanted
 from engine.kernels.cuda.attention import flash_obstacle
 from engine.kernels.cuda.graphs import DecodeGraphs, Record
 from engine.kernels.cuda.inputs import DecodeInputs, upload
+from engine.kernels.operators import AttentionLayout, Wanted
 from engine.kv.cache import PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.spec import DynamicScaling, ModelSpec, RopeSpec

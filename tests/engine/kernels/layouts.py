@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.kernels import AttentionLayout
+from engine.kernels.operators import AttentionLayout
 
 
 def make_layout(

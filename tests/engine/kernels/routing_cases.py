@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import Routing
+from engine.kernels.operators import Routing
 
 Expert = tuple[Tensor, Tensor]
 """[gate; up] and down."""

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.kernels import AttentionLayout, ReferenceOperators
-from engine.kernels.operators import QKNorm
+from engine.kernels.operators import AttentionLayout, QKNorm
 from engine.kernels.paged_sdpa import group_decodes
-from engine.kernels.reference import quantize_rows, rotate
+from engine.kernels.reference import ReferenceOperators, quantize_rows, rotate
 from engine.kv.cache import KVPages
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
 from tests.engine.kernels import layouts

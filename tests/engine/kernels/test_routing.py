@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from engine.kernels import ReferenceOperators, Routing
+from engine.kernels.operators import Routing
+from engine.kernels.reference import ReferenceOperators
 from engine.kernels.routing import route
 from engine.quant.quantize import quantize_int4, quantize_int8
 from engine.quant.weights import Int4Weight, Int8Weight, Weight, rows_of

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelError
-from engine.kernels import ReferenceOperators
+from engine.kernels.reference import ReferenceOperators
 from engine.models.decoder import Decoder
 from engine.models.directory import load_spec
 from engine.models.loader import load_parameters

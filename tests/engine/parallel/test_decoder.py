@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from engine.forward import CpuBackend, EagerForward
-from engine.kernels import ReferenceOperators
 from engine.kernels.cpu.program import Target
+from engine.kernels.reference import ReferenceOperators
 from engine.kv.cache import PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.loader import load_parameters

@@ -11,7 +11,7 @@ from transformers import GPTNeoXConfig, OPTConfig, Qwen2Config
 from transformers.configuration_utils import PretrainedConfig
 
 from engine.forward import EagerForward
-from engine.kernels import ReferenceOperators
+from engine.kernels.reference import ReferenceOperators
 from engine.kv.cache import PagedKVCache
 from engine.models.decoder import Decoder
 from engine.models.loader import LoadedModel, load_parameters

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.cpu.dtypes import DTYPES
 from engine.kernels.cpu.library import Library
-from engine.kernels.cpu.operators import ACTIVATIONS, DTYPES, CpuOperators
+from engine.kernels.cpu.operators import ACTIVATIONS, CpuOperators
 from engine.kernels.cpu.program import Immediate, StepArrays
 from engine.kernels.reference import ReferenceOperators
 

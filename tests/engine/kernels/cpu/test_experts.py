@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.kernels import ReferenceOperators, Routing
 from engine.kernels.cpu.experts import CpuExperts, CpuTable
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.linear import pack_experts, pack_linear
 from engine.kernels.cpu.operators import CpuOperators
 from engine.kernels.cpu.program import Immediate, Recorder, StepArrays, Target
-from engine.kernels.operators import Operators
+from engine.kernels.operators import Operators, Routing
+from engine.kernels.reference import ReferenceOperators
 from engine.quant.weights import Int4Weight, Int8Weight, Weight
 from tests.engine.kernels import routing_cases
 from tests.engine.kernels.cpu import test_linear as linear

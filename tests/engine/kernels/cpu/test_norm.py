@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.kernels.cpu.dtypes import DTYPES
 from engine.kernels.cpu.library import Library
-from engine.kernels.cpu.operators import DTYPES
 from engine.kernels.cpu.program import Immediate, StepArrays
 
 EPS = 1e-5

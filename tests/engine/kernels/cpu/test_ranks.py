@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import RanksLost
-from engine.kernels.cpu.library import DTYPES, Library
+from engine.kernels.cpu.dtypes import DTYPES
+from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.program import Immediate
 from engine.kernels.cpu.ranks import SharedRanks, segment_bytes
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from engine.kernels import ReferenceOperators, Routing
 from engine.kernels.cuda.fused import TorchFused
 from engine.kernels.cuda.operators import CudaOperators
-from engine.kernels.operators import Operators
+from engine.kernels.operators import Operators, Routing
+from engine.kernels.reference import ReferenceOperators
 from engine.quant.quantize import quantize_int4, quantize_int8
 from engine.quant.weights import Weight
 from tests.engine.kernels.cuda.device import DEVICE

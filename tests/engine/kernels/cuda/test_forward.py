@@ -15,12 +15,12 @@ import torch
 from engine.batch import SampleRow, Samples
 from engine.config import Quantization
 from engine.forward import EagerForward
-from engine.kernels import ReferenceOperators
 from engine.kernels.cuda.backend import CudaBackend
 from engine.kernels.cuda.forward import CudaForward, graph_obstacle
 from engine.kernels.cuda.fused import TorchFused
 from engine.kernels.cuda.graphs import Replay
 from engine.kernels.cuda.operators import CudaOperators
+from engine.kernels.reference import ReferenceOperators
 from engine.kv.cache import PagedKVCache
 from engine.kv.copies import DevicePages
 from engine.models.decoder import Decoder

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.kernels import AttentionLayout
 from engine.kernels.cuda.graphs import RUNG, CudaRecorder, DecodeGraphs, Replay, ladder
 from engine.kernels.cuda.inputs import DecodeInputs
+from engine.kernels.operators import AttentionLayout
 from tests.engine.kernels.cuda.device import DEVICE, needs_gpu
 from tests.engine.kernels.cuda.layouts import make_layout
 

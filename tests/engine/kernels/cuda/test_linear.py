@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from engine.kernels import ReferenceOperators
 from engine.kernels.cuda.fused import Fused, TorchFused
 from engine.kernels.cuda.linear import DenseProduct, Fp8Product, Int8Product, fp8_obstacle, make_product
 from engine.kernels.cuda.operators import CudaOperators
+from engine.kernels.reference import ReferenceOperators
 from engine.quant.quantize import quantize_int4, quantize_int8
 from engine.quant.weights import Int8Weight, Weight
 from tests.engine.kernels.cuda.device import DEVICE, FUSED, make_fused, needs_gpu, skip_wrong_float8

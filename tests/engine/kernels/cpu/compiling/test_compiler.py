@@ -16,7 +16,7 @@ import pytest
 from engine.build import build_engine
 from engine.config import EngineConfig, KVConfig
 from engine.kernels.cpu import compiler, kept_libraries
-from engine.kernels.cpu.compiler import CompileError, compile_library, load_library
+from engine.kernels.cpu.compiler import CompileError, compile_ahead, compile_library, load_library
 from engine.kernels.cpu.library import SOURCE, Library, argument_types
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
@@ -175,7 +175,7 @@ def test_who_is_stopped_while_compiling_holds_up_nobody_for_long(
 ) -> None:
     monkeypatch.setattr(kept_libraries, "WAIT_S", 0.3)
     assert compile_library(source=source).operations.keys() == argument_types().keys()
-    assert "this one compiles its own" in caplog.text
+    assert "this process compiles its own" in caplog.text
 
 
 @pytest.mark.parametrize(("instructions", "warnings"), [("AVX-512 BF16", 0), ("AVX2", 0), ("portable C", 1)])
@@ -250,6 +250,44 @@ def test_two_processes_that_start_together_both_get_the_library(source: Path, fo
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [process.communicate()[0].strip() for process in started] == [str(len(argument_types()))] * 2
     assert only_file(folder).suffix == ".so"
+
+
+def test_what_is_compiled_before_torch_is_there_is_what_is_loaded_after(source: Path, calls: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from engine.kernels.cpu.compiler import compile_ahead, compile_library
+
+compile_ahead(source=Path(sys.argv[1]))
+assert "torch" not in sys.modules
+compiled = Path(sys.argv[2]).read_text()
+import torch
+
+print(len(compile_library(source=Path(sys.argv[1])).operations))
+assert Path(sys.argv[2]).read_text().count(" -c ") == compiled.count(" -c ") > 0
+"""
+    output = subprocess.run([sys.executable, "-c", code, str(source), str(calls)], capture_output=True, text=True)
+    assert output.stdout.strip() == str(len(argument_types())), output.stderr
+
+
+def test_nothing_is_compiled_ahead_that_is_there_or_could_not_be_kept(
+    source: Path, calls: Path, folder: Path, tmp_path: Path
+) -> None:
+    compile_library(source=source)
+    compile_ahead(source=source)
+    assert compilations(calls) == 2
+    (tmp_path / "file").write_text("where the folder should be")
+    compile_ahead(source=source, folder=tmp_path / "file")
+    assert compilations(calls) == 2
+
+
+def test_whoever_wants_what_is_being_compiled_ahead_waits_for_it(source: Path, calls: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        ahead = pool.submit(compile_ahead, source=source)
+        wanted = pool.submit(compile_library, source=source)
+        assert wanted.result().operations.keys() == argument_types().keys()
+        ahead.result()
+    assert compilations(calls) == 2
 
 
 def test_an_engine_without_a_compiler_says_so_once_and_generates(
