@@ -61,7 +61,7 @@ def run_rank(rank: int, rendezvous: str, rounds: int) -> dict[tuple[int, int], d
     meeting = Meeting(Place(0, 1, range(1), TensorRank(rank, RANKS)), rendezvous, timedelta(seconds=60))
     group = TensorGroup(meeting, meeting.connect("ranks", rank, RANKS, torch.device("cpu")))
     largest = max(rows * width * DTYPE.itemsize for rows, width in SHAPES)
-    recorder = Recorder(compile_library(int4=False), 1, max(rows for rows, _ in SHAPES))
+    recorder = Recorder(compile_library(features=frozenset({"ranks"})), 1, max(rows for rows, _ in SHAPES))
     ranks = group.in_program(recorder.library, 1, largest)
     if not group.is_shared:
         raise SystemExit("the ranks have no memory that they share: is there room in /dev/shm?")

@@ -22,7 +22,7 @@ from engine.parallel.place import Place
 
 def load_rank(config: EngineConfig, place: Place, rendezvous: str) -> LoadedRank:
     """The real rank; see `cluster.shard.RankLoader`."""
-    begin_compiling(config)
+    begin_compiling(config, is_rank=True)
     from engine.parallel.rank import load_rank
 
     return load_rank(config, place, rendezvous)

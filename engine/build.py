@@ -18,9 +18,10 @@ from engine.kv.pages import PagePool
 from engine.kv.sizing import KVPlan, plan_kv
 from engine.kv.tier import TierFactory
 from engine.limits import Limits
-from engine.models.directory import load_eos_token_ids, needs_int4
+from engine.models.directory import load_eos_token_ids
 from engine.models.source import resolve_model
 from engine.models.spec import ModelSpec
+from engine.needs import needed_features
 from engine.ready import ReadyModel, load
 from engine.runner import Runner
 from engine.scheduler import Scheduler
@@ -54,7 +55,7 @@ def assemble(config: EngineConfig, make_tier: TierFactory | None = None) -> Asse
     """`build_engine`, with the parts."""
     began = time.monotonic()
     path = resolve_model(config.model, config.revision)
-    device = choose_device(config, int4=needs_int4(path, config.quantization))
+    device = choose_device(config, needed_features(config, path))
     ready = load(config, path, device)
     spec, kv = ready.decoder.spec, _plan_kv(config, ready)
     cache = ready.cache(kv.num_pages)

@@ -13,6 +13,7 @@ import torch
 from engine.config import EngineConfig, SchedulerConfig
 from engine.forward import Backend, CpuBackend, ReferenceBackend, make_rope
 from engine.kernels.cpu.compiler import load_library
+from engine.kernels.cpu.features import Feature
 from engine.kernels.cpu.library import Library
 from engine.kernels.cpu.operators import missing_kernel
 from engine.kernels.cpu.threads import bind_threads
@@ -66,14 +67,14 @@ class Cpu:
     name = "cpu"
     spare_pages = 0
 
-    def __init__(self, config: EngineConfig, *, int4: bool, share: CoreShare = ALONE) -> None:
+    def __init__(self, config: EngineConfig, features: frozenset[Feature], share: CoreShare = ALONE) -> None:
         """Sets torch's threads and begins to compile. Threads that are left to "auto" are this process's `share`."""
         self.threads = max(1, available_cores() // share.count) if config.threads == "auto" else config.threads
         self._share = share
         self.page_tokens = CPU_PAGE_TOKENS if config.kv.page_tokens == "auto" else config.kv.page_tokens
         self._scheduler = config.scheduler
         self._deterministic = config.deterministic
-        self._int4 = int4
+        self._features = features
         torch.set_num_threads(self.threads)
         self._library: Future[Library | None] = Future()
         Thread(target=self._compile, name="compile-kernels", daemon=True).start()
@@ -112,7 +113,7 @@ class Cpu:
 
     def _compile(self) -> None:
         try:
-            self._library.set_result(load_library(int4=self._int4))
+            self._library.set_result(load_library(self._features))
         except BaseException as error:
             self._library.set_exception(error)
 
@@ -149,10 +150,10 @@ class Cuda:
         return Sampler()
 
 
-def choose_device(config: EngineConfig, *, int4: bool, share: CoreShare = ALONE) -> Device:
+def choose_device(config: EngineConfig, features: frozenset[Feature], share: CoreShare = ALONE) -> Device:
     """The device that the configuration names; "auto" is a GPU where there is one. Raises ValueError.
 
-    `int4` is whether it has to multiply by weights of 4 bits. A CPU takes `share` of the cores; a GPU is one process's.
+    `features` are what the model needs of its kernels. A CPU takes `share` of the cores; a GPU is one process's.
     """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -167,7 +168,7 @@ def choose_device(config: EngineConfig, *, int4: bool, share: CoreShare = ALONE)
         return Cuda(config)
     if config.quantization == "fp8":
         raise ValueError('quantization "fp8" needs a CUDA device; on a CPU use "w8a8"')
-    return Cpu(config, int4=int4, share=share)
+    return Cpu(config, features, share)
 
 
 def choose_backend(

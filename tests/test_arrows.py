@@ -36,6 +36,7 @@ TENSOR_FREE = (
     "engine.kv.costs",
     "engine.config",
     "engine.ahead",
+    "engine.needs",
 )
 FOREIGN_TO_ENGINE = {"ray", "fastapi", "starlette", "prometheus_client"}
 

@@ -51,11 +51,6 @@ def find_quantization(path: Path) -> CheckpointFormat | None:
         raise ModelError(f"{file}: {error}") from error
 
 
-def needs_int4(path: Path, scheme: str | None) -> bool:
-    """Whether any weights run in 4 bits, where full ones are turned into `scheme`. Raises as `find_quantization`."""
-    return has_int4(find_quantization(path), scheme)
-
-
 def load_eos_token_ids(path: Path) -> tuple[int, ...]:
     """The end-of-sequence tokens of generation_config.json, or of config.json where that does not say."""
     generation = path / GENERATION_CONFIG

@@ -16,8 +16,9 @@ from engine.config import EngineConfig
 from engine.devices import choose_device
 from engine.forward import Forward
 from engine.kv.tier import PageMemory
-from engine.models.directory import load_eos_token_ids, needs_int4
+from engine.models.directory import load_eos_token_ids
 from engine.models.source import resolve_model
+from engine.needs import needed_features
 from engine.parallel.group import Link, TensorGroup
 from engine.parallel.meeting import LOADING_TIMEOUT, Meeting
 from engine.parallel.place import Place, RankFacts
@@ -99,7 +100,7 @@ class LoadedRank:
     def __init__(self, config: EngineConfig, path: Path, meeting: Meeting) -> None:
         self._meeting = meeting
         self._place = meeting.place
-        self._device = choose_device(config, int4=needs_int4(path, config.quantization), share=meeting.share)
+        self._device = choose_device(config, needed_features(config, path, is_rank=True), meeting.share)
         self._torch_device = torch.device(self._device.name)
         self._group = self._join()
         self._ready = load(config, path, self._device, self._place, self._group)

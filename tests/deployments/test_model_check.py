@@ -15,6 +15,7 @@ from deployments.model_check import check_model, may_have_gpu
 from engine.config import EngineConfig
 from engine.devices import choose_device
 from engine.errors import ModelError
+from engine.kernels.cpu.features import ALL
 from engine.models.loader import load_parameters
 from engine.models.source import resolve_model
 from tests.deployments.cli.command import manta
@@ -132,7 +133,7 @@ def test_a_device_that_is_not_there_is_refused(settings: dict[str, str], monkeyp
         check_model(config)
     assert refused.value.exit_code == ExitCode.BAD_INPUT
     with pytest.raises(ValueError, match="needs a CUDA device"):
-        choose_device(config, int4=False)
+        choose_device(config, frozenset())
 
 
 @pytest.mark.parametrize("settings", NEEDS_GPU[:3], ids=str)
@@ -144,7 +145,7 @@ def test_where_there_may_be_a_gpu_nothing_is_refused(settings: dict[str, str], m
 def test_activations_of_8_bits_are_for_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(ValueError, match="choose device cpu"):
-        choose_device(EngineConfig(quantization="w4a16", activations="int8"), int4=True)
+        choose_device(EngineConfig(quantization="w4a16", activations="int8"), ALL)
 
 
 def test_fp8_is_refused_on_a_cpu_even_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

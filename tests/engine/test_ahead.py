@@ -5,29 +5,37 @@ from typing import Literal
 
 import pytest
 
-from engine import ahead
+from engine import ahead, devices
 from engine.ahead import begin_compiling
-from engine.config import EngineConfig, Quantization
+from engine.build import build_engine
+from engine.config import EngineConfig, KVConfig, Quantization
 from engine.errors import ModelError
 from engine.kernels.cpu.compiler import CompileError
+from engine.kernels.cpu.features import Feature
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each library that was asked for is to have products with weights of 4 bits."""
-    wanted: list[bool] = []
-    monkeypatch.setattr(ahead, "compile_ahead", lambda *, int4: wanted.append(int4))
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[Feature]]:
+    """The features of each library that was asked for."""
+    wanted: list[frozenset[Feature]] = []
+    monkeypatch.setattr(ahead, "compile_ahead", wanted.append)
     return wanted
 
 
-@pytest.mark.parametrize(("quantization", "int4"), [("auto", False), ("w8a8", False), ("w4a16", True)])
-def test_it_is_the_library_that_the_engine_will_load(
-    quantization: Quantization, int4: bool, compiled: list[bool]
+@pytest.mark.parametrize("quantization", ["auto", "w8a8", "w4a16"])
+def test_it_is_the_library_that_the_engine_loads(
+    quantization: Quantization, compiled: list[frozenset[Feature]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    thread = begin_compiling(EngineConfig(device="cpu", quantization=quantization))
+    loaded: list[frozenset[Feature]] = []
+    monkeypatch.setattr(devices, "load_library", loaded.append)
+    config = EngineConfig(
+        device="cpu", threads=1, quantization=quantization, max_model_len=64, kv=KVConfig(memory=2**24)
+    )
+    thread = begin_compiling(config)
     assert thread is not None
     thread.join()
-    assert compiled == [int4]
+    build_engine(config)
+    assert compiled == loaded
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,7 @@ def test_it_is_for_a_cpu(
     device: Literal["cpu", "auto", "cuda"],
     has_driver: bool,
     is_begun: bool,
-    compiled: list[bool],
+    compiled: list[frozenset[Feature]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -59,7 +67,7 @@ def test_it_is_for_a_cpu(
 
 
 def test_a_compiler_that_fails_fails_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*, int4: bool) -> None:
+    def fail(features: frozenset[Feature]) -> None:
         raise CompileError("no C compiler")
 
     monkeypatch.setattr(ahead, "compile_ahead", fail)

@@ -23,6 +23,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from engine.kernels.cpu import kept_libraries
+from engine.kernels.cpu.features import ALL, SOURCES, Feature
 from engine.kernels.cpu.library import PORTABLE, SOURCE, Library
 from engine.machine import available_cores
 
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 60.0
 """Of one process of the compiler."""
 _FLAGS = ("-O3", "-std=gnu11", "-D_GNU_SOURCE", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
-_INT4_FILES = frozenset({"linear_int4.c", "linear_int4_int8.c"})
-_INT4_OPERATIONS = frozenset({"linear_int4", "gather_columns"})
 _LEVELS = {"attention_product.c": "-O2"}
 """Where the source says itself what to unroll: as fast as -O3, and compiled in two thirds of the time."""
 _LONGEST = ("attention_product.c", "linear_int4.c", "linear_int4_int8.c", "linear_dense.c", "attention_write.c")
@@ -48,10 +47,10 @@ class CompileError(Exception):
 
 
 @cache
-def load_library(*, int4: bool = True) -> Library | None:
+def load_library(features: frozenset[Feature] = ALL) -> Library | None:
     """The kernels for this machine; None, with one warning, where they cannot be had."""
     try:
-        library = compile_library(int4=int4)
+        library = compile_library(features=features)
     except CompileError as error:
         log.warning("no compiled kernels: %s; the slower reference kernels run instead", error)
         return None
@@ -65,13 +64,17 @@ def load_library(*, int4: bool = True) -> Library | None:
 
 
 def compile_library(
-    march: str = "native", *, int4: bool = True, folder: Path | None = None, source: Path = SOURCE
+    march: str = "native",
+    *,
+    features: frozenset[Feature] = ALL,
+    folder: Path | None = None,
+    source: Path = SOURCE,
 ) -> Library:
     """The C files of `source` for instruction set `march`, from the cache in `folder` or compiled now.
 
-    `int4` is whether products with int4 weights are wanted, which take a quarter of the time. Raises CompileError.
+    Of what models can do without it has these `features`. Raises CompileError.
     """
-    recipe = _recipe(march, source, _loaded_openmp(), int4=int4)
+    recipe = _recipe(march, source, features, _loaded_openmp())
     kept = (folder or kept_libraries.folder()) / f"{recipe.key}.so"
     if (library := kept_libraries.load(kept, recipe.left_out)) is not None:
         return library
@@ -80,7 +83,7 @@ def compile_library(
         return kept_libraries.load(kept, recipe.left_out) or _compile(recipe, kept)
 
 
-def compile_ahead(*, int4: bool = True, folder: Path | None = None, source: Path = SOURCE) -> None:
+def compile_ahead(features: frozenset[Feature] = ALL, *, folder: Path | None = None, source: Path = SOURCE) -> None:
     """Puts what `compile_library` would compile for this machine into the cache, if it is missing there.
 
     For the time in which torch is imported. Whoever wants the library meanwhile waits for its turn and then finds it.
@@ -89,7 +92,7 @@ def compile_ahead(*, int4: bool = True, folder: Path | None = None, source: Path
     """
     if (openmp := _bundled_openmp()) is None:
         return
-    recipe = _recipe("native", source, openmp, int4=int4)
+    recipe = _recipe("native", source, features, openmp)
     kept = (folder or kept_libraries.folder()) / f"{recipe.key}.so"
     if kept_libraries.has(kept):
         return
@@ -131,17 +134,18 @@ class Recipe:
     openmp: Path
     cpu: str
     source: Path
-    int4: bool
+    features: frozenset[Feature]
 
     @property
     def left_out(self) -> frozenset[str]:
         """Operations of the headers that the library lacks."""
-        return frozenset() if self.int4 else _INT4_OPERATIONS
+        return frozenset().union(*(SOURCES[feature].operations for feature in ALL - self.features))
 
     @cached_property
     def files(self) -> list[Path]:
         """C files, those that take longest first."""
-        files = (path for path in self.source.glob("*.c") if self.int4 or path.name not in _INT4_FILES)
+        left_out = frozenset().union(*(SOURCES[feature].files for feature in ALL - self.features))
+        files = (path for path in self.source.glob("*.c") if path.name not in left_out)
         return sorted(files, key=lambda path: (*(path.name != name for name in _LONGEST), -path.stat().st_size))
 
     def command(self, path: Path, target: Path, header: Path | None = None) -> list[str]:
@@ -171,13 +175,13 @@ class Recipe:
         return digest.hexdigest()[:32]
 
 
-def _recipe(march: str, source: Path, openmp: Path, *, int4: bool) -> Recipe:
+def _recipe(march: str, source: Path, features: frozenset[Feature], openmp: Path) -> Recipe:
     compiler = _find_compiler()
     version = _call([*compiler, "--version"])
     # On Arm, clang takes the name of a CPU but not of an instruction set as "native"; gcc takes both.
     arm = platform.machine() in ("aarch64", "arm64")
     flags = (*_FLAGS, f"-{'mcpu' if arm else 'march'}={march}")
-    return Recipe(compiler, version, flags, openmp, _cpu(), source, int4)
+    return Recipe(compiler, version, flags, openmp, _cpu(), source, features)
 
 
 def _find_compiler() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from engine.build import build_engine
 from engine.config import EngineConfig, KVConfig
 from engine.kernels.cpu import compiler, kept_libraries
 from engine.kernels.cpu.compiler import CompileError, compile_ahead, compile_library, load_library
+from engine.kernels.cpu.features import ALL, SOURCES, Feature
 from engine.kernels.cpu.library import SOURCE, Library, argument_types
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
@@ -40,17 +41,28 @@ def test_a_second_start_compiles_nothing(source: Path, folder: Path, calls: Path
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_products_of_4_bits_are_compiled_for_those_who_need_them(source: Path, folder: Path, calls: Path) -> None:
-    operations = {"linear_int4", "gather_columns"}
+@pytest.mark.parametrize("feature", sorted(ALL))
+def test_what_many_models_do_without_is_compiled_for_those_who_need_it(
+    feature: Feature, source: Path, calls: Path
+) -> None:
+    file, *_ = SOURCES[feature].files
+    operations = SOURCES[feature].operations
     others = [name for name in argument_types() if name not in operations]
     (source / "kernels.c").write_text("".join(f"void {name}(void) {{}}\n" for name in others))
-    (source / "linear_int4.c").write_text("".join(f"void {name}(void) {{}}\n" for name in operations))
-    assert compile_library(int4=False, source=source).operations.keys() == set(others)
+    (source / file).write_text("".join(f"void {name}(void) {{}}\n" for name in operations))
+    without = ALL - {feature}
+    assert compile_library(features=without, source=source).operations.keys() == set(others)
     assert compilations(calls) == 2
     assert compile_library(source=source).operations.keys() == argument_types().keys()
     assert compilations(calls) == 5
-    assert compile_library(int4=False, source=source).operations.keys() == set(others)
+    assert compile_library(features=without, source=source).operations.keys() == set(others)
     assert compilations(calls) == 5
+
+
+def test_nothing_that_every_model_needs_refers_to_what_some_do_without(folder: Path) -> None:
+    library = compile_library(features=frozenset(), folder=folder)
+    optional = frozenset().union(*(found.operations for found in SOURCES.values()))
+    assert library.operations.keys() == argument_types().keys() - optional
 
 
 def test_other_sources_flags_or_cpus_have_their_own_library(
@@ -183,7 +195,7 @@ def test_what_the_kernels_use_is_said_once_and_slow_ones_are_warned_of(
     instructions: str, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = SimpleNamespace(instruction_set=instructions)
-    monkeypatch.setattr(compiler, "compile_library", lambda *, int4: found)
+    monkeypatch.setattr(compiler, "compile_library", lambda *, features: found)
     with caplog.at_level(logging.INFO, logger=compiler.__name__):
         assert load_library() is found and load_library() is found
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
