@@ -38,5 +38,5 @@ def begin_compiling(config: EngineConfig, *, is_rank: bool = False) -> Thread | 
 def _compile(features: frozenset[Feature]) -> None:
     try:
         compile_ahead(features)
-    except CompileError as error:
+    except (CompileError, OSError) as error:
         log.debug("no kernels are compiled ahead: %s", error)

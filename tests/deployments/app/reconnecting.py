@@ -12,8 +12,9 @@ import httpx
 import pytest
 
 SILENCE_S = 4.0
-"""After which it gives a connection up."""
+"""After which it gives a connection up, where that does not mean that it wants no more."""
 PATIENCE_S = 60.0
+RESUMABLE = {"X-Manta-Resumable": "true"}
 CREATED = re.compile(r'"created":\d+,')
 
 
@@ -31,14 +32,20 @@ class Client:
     connections: int = 0
 
     async def run(self) -> "Client":
-        timeout = httpx.Timeout(SILENCE_S, connect=SILENCE_S)
         deadline = time.monotonic() + PATIENCE_S
-        async with httpx.AsyncClient(base_url=self.url, timeout=timeout) as http:
+        async with httpx.AsyncClient(base_url=self.url, timeout=self._timeout()) as http:
             while not self.data or self.data[-1] != "[DONE]":
                 assert time.monotonic() < deadline, f"{self.name} was not to be had again after {len(self.data)} events"
                 with contextlib.suppress(httpx.TransportError):
                     await self._read(http)
+                http.timeout = self._timeout()
         return self
+
+    def _timeout(self) -> httpx.Timeout:
+        """Whoever has not asked for a resumable stream, nor come back yet, ends it with the connection: a machine that
+        stops for seconds must not make this client do so."""
+        may_close = self.headers.items() >= RESUMABLE.items() or bool(self.ids)
+        return httpx.Timeout(SILENCE_S if may_close else PATIENCE_S, connect=SILENCE_S)
 
     async def _read(self, http: httpx.AsyncClient) -> None:
         self.connections += 1

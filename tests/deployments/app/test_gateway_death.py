@@ -22,7 +22,7 @@ from deployments.text import TextModel
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 from tests.deployments.app.processes import below
-from tests.deployments.app.reconnecting import PATIENCE_S, Client
+from tests.deployments.app.reconnecting import PATIENCE_S, RESUMABLE, Client
 from tests.deployments.fakes import token_at, write_fake_model
 
 ROOT = Path(__file__).parents[3]
@@ -74,7 +74,7 @@ def _until(condition: Any) -> None:
         time.sleep(0.1)
 
 
-def clients(application: Application) -> list[Client]:
+def clients(application: Application, headers: dict[str, str]) -> list[Client]:
     """Two of each kind."""
     base = {"model": "fake", "stream": True, "max_tokens": NUM_TOKENS, "stream_options": {"include_usage": True}}
     chat = {**base, "messages": [{"role": "user", "content": "hello"}]}
@@ -87,21 +87,23 @@ def clients(application: Application) -> list[Client]:
         "stopped": ("/v1/chat/completions", {**chat, "stop": [stop]}),
     }
     return [
-        Client(application.url, path, body, f"{name}-{number}")
+        Client(application.url, path, body, f"{name}-{number}", headers)
         for name, (path, body) in kinds.items()
         for number in range(2)
     ]
 
 
-async def undisturbed(application: Application) -> dict[str, list[str]]:
-    done = await asyncio.gather(*(client.run() for client in clients(application)))
+async def undisturbed(application: Application, headers: dict[str, str]) -> dict[str, list[str]]:
+    done = await asyncio.gather(*(client.run() for client in clients(application, headers)))
     assert all(client.connections == 1 for client in done)
     return {client.name: client.data for client in done}
 
 
-async def disturbed(application: Application, how: signal.Signals) -> tuple[dict[str, list[str]], int, int]:
+async def disturbed(
+    application: Application, headers: dict[str, str], how: signal.Signals
+) -> tuple[dict[str, list[str]], int, int]:
     """What the clients got in the end, how many of them had to reconnect, and whom it hit."""
-    running = [asyncio.create_task(client.run()) for client in clients(application)]
+    running = [asyncio.create_task(client.run()) for client in clients(application, headers)]
     await asyncio.sleep(1.0)
     victim = application.gateways()[0]
     kill(victim, how)
@@ -112,10 +114,10 @@ async def disturbed(application: Application, how: signal.Signals) -> tuple[dict
 def test_the_streams_of_a_killed_gateway_end_at_another_one_as_if_nothing_had_happened(
     application: Application,
 ) -> None:
-    wanted = asyncio.run(undisturbed(application))
+    wanted = asyncio.run(undisturbed(application, {}))
     assert all(data[-1] == "[DONE]" and '"usage":{"prompt_tokens"' in data[-2] for data in wanted.values())
     assert application.metric("manta:resumed_streams_total") == 0
-    got, num_cut, _ = asyncio.run(disturbed(application, signal.SIGKILL))
+    got, num_cut, _ = asyncio.run(disturbed(application, {}, signal.SIGKILL))
     assert num_cut > 0, "no stream was at the gateway that was killed"
     assert got == wanted
     _until(lambda: len(application.gateways()) == 2)
@@ -123,10 +125,11 @@ def test_the_streams_of_a_killed_gateway_end_at_another_one_as_if_nothing_had_ha
 
 
 def test_the_streams_of_a_stopped_gateway_go_on_when_their_clients_lose_patience(application: Application) -> None:
-    wanted = asyncio.run(undisturbed(application))
+    """To close a connection means to want no more, unless one has asked for a stream that may be left."""
+    wanted = asyncio.run(undisturbed(application, RESUMABLE))
     victim = 0
     try:
-        got, num_cut, victim = asyncio.run(disturbed(application, signal.SIGSTOP))
+        got, num_cut, victim = asyncio.run(disturbed(application, RESUMABLE, signal.SIGSTOP))
     finally:
         if victim:
             with contextlib.suppress(ProcessLookupError):
@@ -178,7 +181,7 @@ def test_the_sdk_notices_nothing(application: Application) -> None:
             prompt="hello",
             max_tokens=50,
             stream=True,
-            extra_headers={"X-Manta-Resumable": "true"},
+            extra_headers=RESUMABLE,
             stream_options={"include_usage": True},
         )
         chunks = list(stream)

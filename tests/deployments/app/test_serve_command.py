@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cluster.ports import free_ports
 from tests.compiled import compiled_library
 from tests.deployments.app.processes import below
-from tests.deployments.app.reconnecting import CREATED, Client, exact, rounded, text_of
+from tests.deployments.app.reconnecting import CREATED, RESUMABLE, Client, exact, rounded, text_of
 from tests.deployments.fakes import write_fake_model
 
 COMMAND = [sys.executable, "-m", "deployments.cli.main", "serve"]
@@ -164,8 +164,7 @@ def test_the_built_in_model_ends_at_one_gateway_what_it_began_at_another() -> No
 
         def clients() -> list[Client]:
             bodies = [(f"{kind}-{number}", body) for kind, body in kinds.items() for number in range(2)]
-            headers = {"X-Manta-Resumable": "true"}
-            return [Client(url, "/v1/chat/completions", body, name, headers) for name, body in bodies]
+            return [Client(url, "/v1/chat/completions", body, name, RESUMABLE) for name, body in bodies]
 
         async def run(kill_one: bool) -> list[Client]:
             asked = clients()
