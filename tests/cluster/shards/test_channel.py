@@ -249,11 +249,13 @@ def test_ranks_whose_group_is_gone_notice(rig: Rig, monkeypatch: pytest.MonkeyPa
 
 def test_a_rank_that_waits_notices_at_once(rig: Rig) -> None:
     group, ranks = rig.joined(True, True)
-    threading.Timer(0.1, group.close).start()
+    closing = threading.Timer(0.1, group.close)
+    closing.start()
     began = time.monotonic()
     with pytest.raises(ChannelClosed):
         ranks[0].receive()
     assert rig.orphans == [0] and time.monotonic() - began < 0.5
+    closing.join()
 
 
 def test_the_folder_of_the_sockets_is_private(rig: Rig) -> None:
