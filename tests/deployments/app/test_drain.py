@@ -1,7 +1,6 @@
 """Replicas and gateways that are to go, under streams: nothing is dropped, and the end is bounded in time."""
 
 import asyncio
-import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +35,6 @@ async def finish(application: Application, answers: dict[str, "asyncio.Task[str]
 
 
 AWAY = "503"
-RETRIES = 2
-"""Of openai's client, by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +45,7 @@ class KeptAnswer:
     text: str
 
     def again(self) -> str:
-        """Its events, or the status of an error.
-
-        Asked for anew, as the SDK does, where the connection ends without an answer: a proxy that is given other
-        gateways closes some that it has taken and not read from.
-        """
-        for _ in range(RETRIES):
-            with contextlib.suppress(httpx.RemoteProtocolError):
-                return self._ask()
-        return self._ask()
-
-    def _ask(self) -> str:
+        """Its events, or the status of an error."""
         answer = httpx.get(self.url, timeout=20)
         return answer.text if answer.status_code == 200 else str(answer.status_code)
 
