@@ -75,7 +75,7 @@ def compile_library(
     Of what models can do without it has these `features`. Raises CompileError.
     """
     recipe = _recipe(march, source, features, _loaded_openmp())
-    kept = (folder or kept_libraries.folder()) / f"{recipe.key}.so"
+    kept = recipe.kept_in(folder)
     if (library := kept_libraries.load(kept, recipe.left_out)) is not None:
         return library
     with kept_libraries.turn(kept.parent):
@@ -93,7 +93,7 @@ def compile_ahead(features: frozenset[Feature] = ALL, *, folder: Path | None = N
     if (openmp := _bundled_openmp()) is None:
         return
     recipe = _recipe("native", source, features, openmp)
-    kept = (folder or kept_libraries.folder()) / f"{recipe.key}.so"
+    kept = recipe.kept_in(folder)
     if kept_libraries.has(kept):
         return
     with kept_libraries.turn(kept.parent) as is_writable:
@@ -164,6 +164,10 @@ class Recipe:
         flag, where gcc reads it anew."""
         header = self.source / _COMMON_HEADER
         return header if "Free Software Foundation" in self.version and header.exists() else None
+
+    def kept_in(self, folder: Path | None) -> Path:
+        """Its place in the cache, or in this folder."""
+        return (folder or kept_libraries.folder()) / f"{self.key}.so"
 
     @cached_property
     def key(self) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.deployments.streams.clients import RESUMABLE
+
 SILENCE_S = 4.0
 """After which it gives a connection up, where that does not mean that it wants no more."""
 PATIENCE_S = 60.0
-RESUMABLE = {"X-Manta-Resumable": "true"}
 CREATED = re.compile(r'"created":\d+,')
 
 

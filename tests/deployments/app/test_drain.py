@@ -10,6 +10,7 @@ import openai
 
 from tests.deployments.app.application import Application, scenario, stream_text
 from tests.deployments.fakes import OFFSET_FILE, write_fake_model
+from tests.deployments.streams.clients import RESUMABLE
 
 LONG = 3000
 """Tokens of a stream that lasts longer than a replica may take to drain: at 5 ms each, 15 s."""
@@ -52,7 +53,7 @@ class KeptAnswer:
 
 async def kept_answer(application: Application) -> KeptAnswer:
     body = {"model": "fake", "prompt": "kept", "max_tokens": 20, "stream": True}
-    async with httpx.AsyncClient(headers={"X-Manta-Resumable": "true"}) as client:
+    async with httpx.AsyncClient(headers=RESUMABLE) as client:
         answer = await client.post(f"{application.url}/v1/completions", json=body, timeout=20)
     found = KeptAnswer(f"{application.url}/v1/streams/{answer.headers['x-manta-stream-id']}", answer.text)
     assert await asyncio.to_thread(found.again) == answer.text

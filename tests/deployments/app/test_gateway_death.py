@@ -22,8 +22,9 @@ from deployments.text import TextModel
 from engine.sampling_params import SamplingParams
 from engine.sequence import Request
 from tests.deployments.app.processes import below
-from tests.deployments.app.reconnecting import PATIENCE_S, RESUMABLE, Client
+from tests.deployments.app.reconnecting import PATIENCE_S, Client
 from tests.deployments.fakes import token_at, write_fake_model
+from tests.deployments.streams.clients import RESUMABLE
 
 ROOT = Path(__file__).parents[3]
 NUM_TOKENS = 800

@@ -26,8 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cluster.ports import free_ports
 from tests.compiled import compiled_library
 from tests.deployments.app.processes import below
-from tests.deployments.app.reconnecting import CREATED, RESUMABLE, Client, exact, rounded, text_of
+from tests.deployments.app.reconnecting import CREATED, Client, exact, rounded, text_of
 from tests.deployments.fakes import write_fake_model
+from tests.deployments.streams.clients import RESUMABLE
 
 COMMAND = [sys.executable, "-m", "deployments.cli.main", "serve"]
 ROOT = Path(__file__).parents[3]
