@@ -25,6 +25,10 @@ OBJECT_STORE_BYTES = 128 * 2**20
 """Next to nothing goes through the object store: requests and frames are small and travel by value."""
 SHUTDOWN_S = 8.0
 """How long Serve, and then Ray, may take to end by themselves before their processes are ended."""
+LEAVING_S = 3.0
+"""How long a gateway that is to go still answers. HAProxy hears of it within about a second, and until then sends
+requests over connections that it has kept open: where one is closed instead of answered, HAProxy closes the client's
+without a word as well."""
 _TREE = Path(__file__).resolve().parents[1]
 _MAX_TEMP_PATH = 30
 """Sockets below Ray's directory have paths of at most 107 characters, most of which Ray and HAProxy use themselves."""
@@ -110,8 +114,8 @@ def environment(directory: Path, log_file: Path, *, haproxy: bool) -> dict[str, 
         "RAY_AUTH_MODE": "disabled",
         # A model that cannot be loaded cannot be loaded a second time either.
         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
-        # With nothing but this machine behind the proxy there is no load balancer that has to be given time.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # 30 s by default, for load balancers that look more seldom than this machine's own proxy is told.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(LEAVING_S),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),

@@ -15,7 +15,7 @@ from tests.deployments.streams.clients import RESUMABLE
 
 SILENCE_S = 4.0
 """After which it gives a connection up, where that does not mean that it wants no more."""
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 CREATED = re.compile(r'"created":\d+,')
 
 

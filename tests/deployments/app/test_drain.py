@@ -1,6 +1,8 @@
 """Replicas and gateways that are to go, under streams: nothing is dropped, and the end is bounded in time."""
 
 import asyncio
+import re
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ import httpx
 import openai
 
 from tests.deployments.app.application import Application, scenario, stream_text
+from tests.deployments.app.processes import below
 from tests.deployments.fakes import OFFSET_FILE, write_fake_model
 from tests.deployments.streams.clients import RESUMABLE
 
@@ -83,6 +86,31 @@ async def test_scaling_down_hands_streams_over_and_ends_long_before_they_do(appl
     await application.until(lambda: len(application.replicas()) == 2)
 
 
+def gateways_of_the_proxy(application: Application) -> set[str]:
+    """The addresses to which HAProxy sends requests, as the process says that takes new connections."""
+    (directory,) = {
+        Path(found).parent for found in re.findall(r"\S+/haproxy\.cfg", " ".join(below(application.pid).values()))
+    }
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.connect(str(directory / "admin.sock"))
+        admin.sendall(b"show servers state\n")
+        _, names, *servers = admin.makefile().read().split("\n")
+    states = [dict(zip(names.split()[1:], server.split(), strict=True)) for server in servers if server]
+    return {f"http://{s['srv_addr']}:{s['srv_port']}" for s in states if "Gateway" in s["srv_name"]}
+
+
+async def answers_until_the_proxy_has_another(application: Application) -> int:
+    """Asks the only gateway over a connection that is kept open, as HAProxy does; returns how often it has answered."""
+    (gateway,) = gateways_of_the_proxy(application)
+    answers = 0
+    async with httpx.AsyncClient(base_url=gateway, timeout=20) as client:
+        while not await asyncio.to_thread(gateways_of_the_proxy, application) - {gateway}:
+            await client.get("/health")
+            answers += 1
+            await asyncio.sleep(0.02)
+    return answers
+
+
 @scenario
 async def test_a_new_version_of_everything_drops_nothing(application: Application) -> None:
     answers = await begin(application, 8, LONG)
@@ -92,6 +120,7 @@ async def test_a_new_version_of_everything_drops_nothing(application: Applicatio
     over = asyncio.Event()
     complete = await kept_answer(application)
     found: set[str] = set()
+    asked = asyncio.create_task(answers_until_the_proxy_has_another(application))
 
     async def keep_asking() -> None:
         nonlocal served
@@ -118,6 +147,7 @@ async def test_a_new_version_of_everything_drops_nothing(application: Applicatio
     over.set()
     await asking
     assert refused == [] and served > 50
+    assert await asked > 10, "a gateway answers until nobody asks it any more"
     assert await asyncio.to_thread(complete.again) == complete.text
     assert found <= {complete.text, AWAY}, "an answer that is complete is kept by whoever keeps streams"
     await application.until(lambda: not gateways & set(application.gateways()), 40.0)

@@ -125,12 +125,13 @@ def test_the_streams_of_a_killed_gateway_end_at_another_one_as_if_nothing_had_ha
     _until(lambda: application.metric("manta:resumed_streams_total") >= num_cut)
 
 
-def test_the_streams_of_a_stopped_gateway_go_on_when_their_clients_lose_patience(application: Application) -> None:
-    """To close a connection means to want no more, unless one has asked for a stream that may be left."""
-    wanted = asyncio.run(undisturbed(application, RESUMABLE))
+@pytest.mark.parametrize("headers", [RESUMABLE, {}], ids=["lose-patience", "wait"])
+def test_the_streams_of_a_stopped_gateway_go_on(application: Application, headers: dict[str, str]) -> None:
+    """Clients that may leave and come back do so; all others wait until the gateway is ended, as it does not answer."""
+    wanted = asyncio.run(undisturbed(application, headers))
     victim = 0
     try:
-        got, num_cut, victim = asyncio.run(disturbed(application, RESUMABLE, signal.SIGSTOP))
+        got, num_cut, victim = asyncio.run(disturbed(application, headers, signal.SIGSTOP))
     finally:
         if victim:
             with contextlib.suppress(ProcessLookupError):
